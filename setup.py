@@ -1,0 +1,63 @@
+"""Packaging of srlm_jax. Lower bounds are versions that were run; `constraints/` pins whole tested sets."""
+
+import pathlib
+
+import setuptools
+
+CORE = [
+  "absl-py>=2.5.1,<3",
+  "array-record>=0.8.6,<0.9",
+  "etils[epath]>=1.15,<2",
+  "flax>=0.12.8,<0.13",
+  "grain>=0.2.18,<0.3",
+  "huggingface_hub>=2.4,<3",
+  "importlib_resources>=7.1,<8",  # tensorflow-datasets needs it and does not declare it.
+  "jax>=0.10.2,<0.13",  # The last for Python 3.11 is 0.10.2.
+  "jinja2>=3.1.6,<4",
+  "matplotlib>=3.11.2,<4",
+  "ml-collections>=1.1,<2",
+  "numpy>=2.4,<3",
+  "optax>=0.2.8,<0.3",
+  "orbax-checkpoint>=0.12.8,<0.13",
+  "pydantic>=2.14,<3",
+  "rapidfuzz>=3.14.6,<4",
+  "safetensors>=0.8,<0.9",
+  "scipy>=1.17.1,<2",
+  "sentencepiece>=0.2.3,<0.3",
+  "tensorflow-datasets>=4.9.10,<5",
+  "tqdm>=4.70,<5",
+  "transformers>=5.23,<6",
+]
+
+EXTRAS = {
+  # Accelerators: at most one of them, beside the core.
+  "tpu": ["jax[tpu]"],
+  "cuda": ["jax[cuda13]"],
+  "cuda12": ["jax[cuda12]"],
+  # Storage and reporting.
+  "gcs": ["gcsfs>=2026.9"],
+  "report": ["tensorboardX>=2.6.5,<3"],
+  # Judges behind an OpenAI-compatible port, and the outside evaluations.
+  "judge": ["openai>=3.54,<4", "tenacity>=9.2.1,<10"],
+  "eval": ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5"],
+  # Development.
+  "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
+  "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
+  "torch": ["torch==2.13.0"],  # For the parity tests alone; without it they compare with golden files.
+}
+
+setuptools.setup(
+  name="srlm_jax",
+  version="0.1.0",
+  description="Self-Rewarding Language Models (arXiv 2401.10020) in JAX",
+  long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["srlm_jax", "srlm_jax.*"]),
+  package_data={"srlm_jax": ["rubrics/*.txt", "*.jinja"]},
+  install_requires=CORE,
+  extras_require=EXTRAS,
+  entry_points={"console_scripts": ["srlm = srlm_jax.main:run"]},
+)

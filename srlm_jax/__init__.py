@@ -1,0 +1,1 @@
+"""srlm_jax: Self-Rewarding Language Models (arXiv 2401.10020) in JAX."""

@@ -1,0 +1,227 @@
+"""Artifacts: the folders through which the stages hand each other their results.
+
+A folder holds `stage.json` (written first: what it is made from), its shards (each written whole, then a small `.done`
+beside it with records, bytes and SHA-256), and `manifest.json` (written last: its presence is the only commit). The key of an artifact is the hash of its
+configuration and of its inputs' digests: a folder with another key is refused, never mixed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import time
+from typing import Any, TypeVar
+
+from absl import logging
+from etils import epath
+import jax
+
+from srlm_jax import records
+
+FORMAT = 1  # Of the files described here; a change makes older folders refused, by name.
+
+
+def sha256(data: bytes) -> str:
+  """Hex digest of some bytes."""
+  return hashlib.sha256(data).hexdigest()
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} → {"a.b": 1}; sequences become JSON lists."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat.update(flatten(value, f"{prefix}{key}."))
+    else:
+      flat[prefix + key] = json.loads(json.dumps(value))
+  return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+  """One folder of the work directory.
+
+  Attributes:
+    folder: where it lies.
+    config: the part of the configuration that decides its content, flat.
+    inputs: the artifacts that it is made from, by role.
+  """
+
+  folder: epath.Path
+  config: dict[str, Any]
+  inputs: dict[str, "Artifact"]
+
+  @property
+  def name(self) -> str:
+    """The folder's last part."""
+    return self.folder.name
+
+  def identity(self) -> dict[str, Any]:
+    """What it is made from, as stage.json holds it."""
+    return {
+      "format": FORMAT,
+      "config": self.config,
+      "inputs": {role: artifact.digest() for role, artifact in self.inputs.items()},
+    }
+
+  @property
+  def done(self) -> bool:
+    """Whether it is committed."""
+    return (self.folder / "manifest.json").exists()
+
+  @functools.cached_property
+  def _manifest(self) -> dict[str, Any]:
+    path = self.folder / "manifest.json"
+    try:
+      return json.loads(path.read_text())
+    except FileNotFoundError as error:
+      raise ValueError(f"{self.folder} is not finished (it has no manifest.json): run its stage first.") from error
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
+
+  def manifest(self) -> dict[str, Any]:
+    """The committed manifest; ValueError where there is none or it is damaged."""
+    return self._manifest
+
+  def digest(self) -> str:
+    """Of the committed content: file digests and identity, not the time of making."""
+    return self.manifest()["digest"]
+
+  def check_config(self) -> None:
+    """ValueError, naming the keys, where the folder was begun with another configuration."""
+    path = self.folder / "stage.json"
+    if not path.exists():
+      return
+    try:
+      found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+      raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
+    if found["format"] != FORMAT:
+      raise ValueError(f"{self.folder} has artifact format {found['format']}, this version writes {FORMAT}: use a new --workdir.")
+    theirs, ours = found["config"], self.config
+    changed = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+    if changed:
+      lines = "\n".join(f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in changed)
+      raise ValueError(
+        f"{self.folder} was made with another configuration:\n{lines}\n"
+        "Use those values, another --workdir, or delete the folder to make it again."
+      )
+
+  def begin(self) -> None:
+    """Creates the folder and its stage.json, or checks that an existing one was begun from the same things."""
+    self.check_config()
+    path = self.folder / "stage.json"
+    identity = self.identity()
+    if path.exists():
+      found = json.loads(path.read_text())["inputs"]
+      changed = sorted(role for role in {*found, *identity["inputs"]} if found.get(role) != identity["inputs"].get(role))
+      if changed:
+        sources = ", ".join(f"{role} ({self.inputs[role].folder})" if role in self.inputs else role for role in changed)
+        raise ValueError(
+          f"{self.folder} was made from other inputs: {sources} changed since. Delete {self.folder} (and what follows "
+          "from it) to make it again."
+        )
+      return
+    self.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(identity, indent=2, sort_keys=True))
+
+  def commit(self, facts: Mapping[str, Any], folders: Sequence[str] = ()) -> None:
+    """Writes manifest.json: digests of all shards and of the files in `folders`, and `facts` for people and reports."""
+    files = {}
+    for done in sorted(self.folder.glob("*.done")):
+      files[done.name.removesuffix(".done")] = json.loads(done.read_text())
+    for folder in folders:
+      for path in sorted(p for p in (self.folder / folder).rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        files[str(path.relative_to(self.folder))] = {"bytes": len(data), "sha256": sha256(data)}
+    identity = self.identity()
+    content = {"identity": identity, "files": {name: entry["sha256"] for name, entry in files.items()}}
+    manifest = {
+      **identity,
+      "digest": sha256(json.dumps(content, sort_keys=True).encode()),
+      "files": files,
+      "facts": dict(facts),
+      "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "jax": jax.__version__},
+    }
+    write_whole(self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True))
+
+  def write(self, name: str, text: str, count: int | None = None) -> None:
+    """Writes one file whole, then its `.done`."""
+    data = text.encode()
+    write_whole(self.folder / name, text)
+    entry = {"records": count, "bytes": len(data), "sha256": sha256(data)}
+    write_whole(self.folder / f"{name}.done", json.dumps(entry))
+
+  def write_records(self, name: str, items: Sequence[records.Record]) -> None:
+    """Writes a JSON Lines file of records."""
+    self.write(name, records.dumps(items), len(items))
+
+  def has(self, name: str) -> bool:
+    """Whether a file is complete: its `.done` is there and its size fits."""
+    done, path = self.folder / f"{name}.done", self.folder / name
+    if not done.exists() or not path.exists():
+      return False
+    return path.stat().length == json.loads(done.read_text())["bytes"]
+
+  def read_text(self, name: str) -> str:
+    """The content of a written file; ValueError where it differs from its digest."""
+    path, done = self.folder / name, self.folder / f"{name}.done"
+    if not done.exists():
+      raise ValueError(f"{path} is missing or was never finished: run its stage again.")
+    data = path.read_bytes()
+    if sha256(data) != json.loads(done.read_text())["sha256"]:
+      raise ValueError(f"{path} is damaged (its SHA-256 is not the recorded one): delete {self.folder} and run its stage again.")
+    return data.decode()
+
+  def read(self, name: str, kind: type[records.R]) -> list[records.R]:
+    """The records of one written file."""
+    self.read_text(name)
+    return list(records.read(self.folder / name, kind))
+
+  def read_shards(self, stem: str, kind: type[records.R]) -> Iterator[records.R]:
+    """The records of all shards of `stem`, in order."""
+    for done in sorted(self.folder.glob(f"{stem}-*.jsonl.done")):
+      yield from self.read(done.name.removesuffix(".done"), kind)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes beside the final name and renames, so that a reader sees all of it or none."""
+  beside = path.parent / f".{path.name}.part"
+  beside.write_text(text)
+  beside.rename(path)
+
+
+Item = TypeVar("Item")
+
+
+def map_shards(
+  out: Artifact,
+  stem: str,
+  items: Sequence[Item],
+  size: int,
+  work: Callable[[Sequence[Item]], Sequence[records.Record]],
+) -> None:
+  """Runs `work` over `items` in shards of `size`, each written when done; finished shards are not done again."""
+  total = -(-len(items) // size)
+  started, fresh = time.monotonic(), 0
+  for index in range(total):
+    name = f"{stem}-{index:05d}-of-{total:05d}.jsonl"
+    if out.has(name):
+      continue
+    part = items[index * size : (index + 1) * size]
+    out.write_records(name, work(part))
+    fresh += len(part)
+    rate = fresh / (time.monotonic() - started)
+    left = (len(items) - min((index + 1) * size, len(items))) / rate
+    logging.info(
+      "%s: %s %d of %d, %.1f a second, %.0f s left", out.folder, stem, min((index + 1) * size, len(items)), len(items), rate, left
+    )
+
+
+def unknown(name: str, valid: Sequence[str], what: str) -> ValueError:
+  """The error for a name that is not one of `valid`, with the nearest one."""
+  near = difflib.get_close_matches(name, valid, 1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  return ValueError(f"{name!r} is not a {what}.{hint} Valid: {', '.join(valid)}.")

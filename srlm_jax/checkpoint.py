@@ -1,0 +1,101 @@
+"""Weights and train states on disk, through Orbax."""
+
+import dataclasses
+import json
+from typing import Any, TypeVar
+
+from etils import epath
+import jax
+import orbax.checkpoint as ocp
+
+from srlm_jax import llama, mesh as mesh_lib
+
+Tree = TypeVar("Tree")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """{path: leaf} of any pytree: what a checkpoint stores, independent of the tree's classes."""
+  return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def with_shardings(abstract: Tree, mesh: jax.sharding.Mesh) -> Tree:
+  """ShapeDtypeStructs with the shardings that the rules give them."""
+  shardings = mesh_lib.shardings(abstract, mesh)
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def _unname(abstract: Tree, leaves: dict[str, Any]) -> Tree:
+  return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named_leaves(abstract)])
+
+
+def _check(stored: dict[str, Any], wanted: dict[str, Any], folder: epath.Path) -> None:
+  for name in sorted({*stored, *wanted}):
+    have, want = stored.get(name), wanted.get(name)
+    shapes = [None if leaf is None else (tuple(leaf.shape), str(leaf.dtype)) for leaf in (have, want)]
+    if shapes[0] != shapes[1]:
+      raise ValueError(f"{folder}: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in this run: another model or dtype.")
+
+
+def abstract_model(config: llama.LlamaConfig, mesh: jax.sharding.Mesh) -> llama.Llama:
+  """The model's shapes, dtypes and shardings, without its arrays."""
+  return with_shardings(jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0))), mesh)
+
+
+def init_model(config: llama.LlamaConfig, mesh: jax.sharding.Mesh, seed: int) -> llama.Llama:
+  """A random model, made sharded: no device ever holds more than its part."""
+  abstract = abstract_model(config, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(lambda key: llama.Llama(config, key), out_shardings=shardings)(jax.random.key(seed))
+
+
+def save_model(folder: epath.Path, model: llama.Llama) -> None:
+  """Writes `weights/` (Orbax) and `llama.json` (its LlamaConfig) in `folder`, replacing what an interrupted run left."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder / "weights", named_leaves(model), force=True)
+    checkpointer.wait_until_finished()
+  (folder / "llama.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
+
+
+def read_model_config(folder: epath.Path) -> llama.LlamaConfig:
+  """The LlamaConfig beside saved weights."""
+  fields = json.loads((folder / "llama.json").read_text())
+  scaling = fields.pop("rope_scaling")
+  return llama.LlamaConfig(**fields, rope_scaling=llama.RopeScaling(**scaling) if scaling else None)
+
+
+def load_model(folder: epath.Path, mesh: jax.sharding.Mesh, **changes: Any) -> llama.Llama:
+  """The model of a folder, each device reading its part; `changes` replace fields such as dropout or remat."""
+  config = dataclasses.replace(read_model_config(folder), **changes)
+  abstract = abstract_model(config, mesh)
+  wanted = named_leaves(abstract)
+  with ocp.StandardCheckpointer() as checkpointer:
+    _check(dict(checkpointer.metadata(folder / "weights").item_metadata), wanted, folder)
+    return _unname(abstract, checkpointer.restore(folder / "weights", wanted))
+
+
+class StateStore:
+  """The train states of one run: the newest two are kept; saving is asynchronous, `close` waits for it."""
+
+  def __init__(self, folder: epath.Path) -> None:
+    self._folder = folder
+    self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True))
+
+  def restore(self, abstract: Tree) -> tuple[int, Tree] | None:
+    """(step, state) of the newest state, or None where there is none yet."""
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    wanted = named_leaves(abstract)
+    metadata = self._manager.item_metadata(step)
+    if metadata is not None:
+      _check(dict(metadata), wanted, self._folder)
+    return step, _unname(abstract, self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
+
+  def save(self, step: int, state: Any) -> None:
+    """Begins to save the state after `step` steps."""
+    self._manager.save(step, args=ocp.args.StandardSave(named_leaves(state)))
+
+  def close(self) -> None:
+    """Waits until what was begun is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()

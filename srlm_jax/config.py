@@ -1,0 +1,122 @@
+"""The base configuration: the paper's values, and ours where the paper is silent.
+
+`configs/*.py` start from `base()` and change a dozen lines. A comment that begins with "unstated" marks a value that the
+paper does not give.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, TypeVar
+
+from ml_collections import config_dict
+
+T = TypeVar("T")
+
+
+def base() -> config_dict.ConfigDict:
+  """The paper's run: Llama 2 70B, Open Assistant, M1 to M3."""
+  c = config_dict.ConfigDict()
+  c.seed = 0
+  c.models = (1, 2, 3)  # Which models `srlm all` makes: 1 is by SFT, each further one by DPO on the AIFT of the one before.
+
+  # M0. kind: "hf" (a Hugging Face folder at `path`), "pretrain" (from scratch, on the world's text), "random".
+  c.base = dict(kind="hf", path="", size="llama2_70b")
+  c.tokenizer = ""  # A SentencePiece .model or a Hugging Face folder; "" takes the one beside M0's weights.
+  c.chat = "llama2"  # unstated: "llama2" ([INST] … [/INST]), "model" (the folder's own template), "plain".
+  c.model = dict(
+    dropout=0.1,
+    dtype="bfloat16",  # of computation; log-softmax and norms are float32 always.
+    param_dtype="float32",
+    remat="full",
+    max_length=2048,  # unstated; Llama 2's own limit is 4,096.
+    logits_chunk=512,  # Sequence positions whose logits exist at once.
+  )
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all devices that are left.
+
+  c.world = dict(enabled=False)
+  c.data = dict(
+    trees="",  # Open Assistant trees, .jsonl or .jsonl.gz.
+    heldout_trees="",  # "": a part of `trees` is held out.
+    eval_prompts="",  # Prompts (records.Prompt) for evaluation; "": roots of held-out trees.
+    judgements="",  # EFT written by people (records.SFTExample), for eft.writer = "annotators".
+    pretrain="",  # Documents for base.kind = "pretrain".
+    ift_examples=3200,
+    eft_fraction=0.2,  # Of the trees, so that IFT and EFT share no prompt: about the paper's 762 of 3,962.
+    heldout_fraction=0.25,  # Of EFT prompts: the paper's 541 of 2,171 examples.
+    eval_prompts_count=256,
+    overlap=False,  # True: IFT and EFT may share prompts, for samples too small to divide.
+  )
+  c.pretrain = _training(lr=3e-4, end_lr=3e-5, batch=16, decay="cosine")
+  c.sft = _training(lr=5.5e-6, end_lr=1.1e-6, batch=16, decay="cosine")
+  c.dpo = _training(lr=1e-6, end_lr=1e-7, batch=16, decay="linear")
+  c.dpo.beta = 0.1
+  c.dpo.reference = "previous"  # or "baseline": the SFT baseline for ever.
+  c.dpo.pack = False  # Never packed: a pair is two whole rows.
+  c.dpo.method = "dpo"  # or "positive_only": SFT of M0 on the seed data and the perfect answers (paper §3.1).
+
+  c.eft = dict(
+    enabled=True,  # False: M1 is the SFT baseline (paper's ablation, M′).
+    writer="baseline",  # The paper's; "annotators" takes data.judgements.
+    attempts=1,  # Judgements sampled for each reply; the first set that agrees with the human ranks is kept.
+    by="prompt",  # unstated: agreement over the whole prompt; "reply" asks each reply alone.
+    max_share=0.4,  # unstated: the most common score is thinned to this share.
+    max_examples=0,  # 0: all.
+  )
+  c.prompts = dict(
+    writer="fixed",  # The paper's: one fixed model for all iterations, at `path`; "m0"; "parent": M_t itself.
+    path="",  # Hugging Face folder of the fixed model (the paper: Llama 2-Chat 70B).
+    count=5000,  # unstated: new prompts wanted in each iteration.
+    max_proposals=20000,  # Completions to sample for them at the most.
+    per_round=512,
+    seed_demonstrations=6,
+    generated_demonstrations=2,
+    max_rouge=0.7,
+    sampling=_sampling(temperature=0.6, top_p=0.9, max_new=512),
+    chat=False,  # Whether the few-shot text goes through the chat template.
+  )
+  c.responses = dict(n=4, sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024))
+  c.judge = dict(
+    rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; "judge_five_bucket" is the compared one.
+    votes=3,
+    min_votes=1,  # unstated: readable votes that a score needs.
+    sampling=_sampling(temperature=0.7, top_p=0.9, max_new=256),
+  )
+  c.pairs = dict(margin=0.0, min_pairs=1)  # chosen − rejected must exceed the margin; fewer pairs stop the run.
+  c.generation = dict(rows=64, shard=256)  # Rows decoded at once; prompts or responses in a shard file.
+
+  c.evaluate = dict(
+    samples=1,
+    sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),
+    grader="judge",  # "oracle": the world's ground truth; "judge": pairwise, by the model `judge`; "none".
+    judge="m1",
+    pairwise="pairwise",  # Template of the pairwise judge.
+  )
+  return c
+
+
+def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any]:
+  return dict(
+    lr=lr,
+    end_lr=end_lr,
+    batch=batch,
+    decay=decay,
+    steps=0,  # 0: `epochs` passes over the data.
+    epochs=2,  # unstated.
+    warmup=0,  # unstated.
+    weight_decay=0.0,  # unstated.
+    b2=0.95,
+    clip=1.0,
+    pack=False,  # Several examples in a row of max_length tokens.
+    save_every=200,  # The paper's.
+  )
+
+
+def _sampling(temperature: float, top_p: float, max_new: int) -> dict[str, Any]:
+  return dict(temperature=temperature, top_p=top_p, max_new=max_new)
+
+
+def frozen(kind: type[T], fields: Mapping[str, Any], **more: Any) -> T:
+  """A frozen dataclass from the fields of a ConfigDict that it knows."""
+  known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+  return kind(**{name: value for name, value in fields.items() if name in known}, **more)
+

@@ -1,0 +1,324 @@
+"""Llama (versions 2 and 3) as a plain pytree of stacked layers.
+
+Shapes: B batch, T query, S cache or keys, D embed, K kv heads, G query heads per kv head, H head dim, F ffw, V vocab,
+L layers.  `jax.jit`, `jax.grad` and `jax.eval_shape` take the module as it is.  The layers are stacked on a leading
+dimension and scanned, so that compile time does not grow with them.
+"""
+
+import dataclasses
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srlm_jax import mesh
+
+MASKED = -1e30  # Finite, so that a row of padding, which sees nothing, gives no NaN.
+REMAT = ("none", "full", "minimal")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretching of the rotary frequencies to a longer context."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """The sizes of a model and how it computes.
+
+  `dtype` is that of activations and matmuls, `param_dtype` that of the parameters; softmax, norms and logits are
+  float32 always.  `dropout` falls on the embedding and on what each half of a layer adds.  `remat` says what the
+  backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but the matmuls with weights).
+  """
+
+  vocab_size: int
+  embed: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  ffw: int
+  max_length: int
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-5
+  tied: bool = False
+  dropout: float = 0.0
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self) -> None:
+    if self.heads % self.kv_heads:
+      raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding turns pairs.")
+    if not 0.0 <= self.dropout < 1.0:
+      raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
+    if self.remat not in REMAT:
+      raise ValueError(f"remat={self.remat!r} must be one of {REMAT}.")
+
+
+_LARGE = dict(vocab_size=32000, head_dim=128, max_length=4096, dtype="bfloat16", remat="full")
+
+SIZES: dict[str, LlamaConfig] = {
+  "smoke": LlamaConfig(
+    vocab_size=512, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=64, max_length=128
+  ),
+  "tiny": LlamaConfig(
+    vocab_size=512, embed=128, layers=4, heads=4, kv_heads=2, head_dim=32, ffw=352, max_length=512
+  ),
+  "llama2_7b": LlamaConfig(embed=4096, layers=32, heads=32, kv_heads=32, ffw=11008, **_LARGE),
+  "llama2_13b": LlamaConfig(embed=5120, layers=40, heads=40, kv_heads=40, ffw=13824, **_LARGE),
+  "llama2_70b": LlamaConfig(embed=8192, layers=80, heads=64, kv_heads=8, ffw=28672, **_LARGE),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cache:
+  """Keys and values of the tokens so far, in slots that all rows fill together.
+
+  Rows of different lengths differ in which slots are valid; a slot's place in the text is in its key (rotary), so slots
+  and positions need not agree.
+  """
+
+  keys_LBSKH: jax.Array
+  values_LBSKH: jax.Array
+  valid_BS: jax.Array  # bool: the slot holds a real token.
+  cursor: jax.Array  # int32 scalar: the next slot to write.
+
+
+def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike | None = None) -> Cache:
+  """An empty cache of `length` slots, by default in the model's compute dtype."""
+  shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+  axes = ("layers", "batch", "length", "kv_heads", "head_dim")
+  zeros = jnp.zeros(shape, dtype or config.dtype)
+  return Cache(
+    keys_LBSKH=mesh.constrain(zeros, axes),
+    values_LBSKH=mesh.constrain(zeros, axes),
+    valid_BS=mesh.constrain(jnp.zeros((batch, length), jnp.bool_), ("batch", "length")),
+    cursor=jnp.zeros((), jnp.int32),
+  )
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+  """float32 [H/2]: radians per position of each pair of a head's features, Llama 3's scaling applied."""
+  exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+  frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequencies
+  # Turns within the original context: many stay as they are, few are slowed by `factor`, blended in between.
+  turns = scaling.original_max_length * frequencies / (2 * np.pi)
+  keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  keep = np.clip(keep, 0.0, 1.0)
+  return (keep * frequencies + (1 - keep) * frequencies / scaling.factor).astype(np.float32)
+
+
+def _rope_tables(config: LlamaConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin, float32 [B, T, 1, H/2]."""
+  angles = positions_BT[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of N heads; feature i turns with feature i + H/2 (Hugging Face's order)."""
+  cos, sin = tables
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def _rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
+  x = x_BTD.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+  return (x * scale_D[...].astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  if key is None or not rate:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def _attend(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Softmax attention [B, T, K, G, H]; the G query heads share a kv head without a copy of it."""
+  scale = 1 / math.sqrt(q_BTKGH.shape[-1])
+  logits = jnp.einsum("btkgh,bskh->bktgs", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+  logits = jnp.where(mask_BTS[:, None, :, None, :], logits, MASKED)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
+  return jnp.einsum("bktgs,bskh->btkgh", weights, v_BSKH)
+
+
+def _normal(key: jax.Array, config: LlamaConfig, axes: mesh.Axes) -> nnx.Param:
+  """A kernel, normal with standard deviation 0.02, whose dimensions have these names."""
+  sizes = {
+    "vocab": config.vocab_size,
+    "embed": config.embed,
+    "layers": config.layers,
+    "kv_heads": config.kv_heads,
+    "group": config.heads // config.kv_heads,
+    "head_dim": config.head_dim,
+    "ffw": config.ffw,
+  }
+  shape = tuple(sizes[axis] for axis in axes)
+  return nnx.Param((0.02 * jax.random.normal(key, shape)).astype(config.param_dtype), axes=axes)
+
+
+class Layers(nnx.Module):
+  """All L layers' parameters, stacked; inside the scan over them the same class holds one layer's."""
+
+  def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
+    """Kernels are normal with standard deviation 0.02, norm scales 1."""
+    keys = jax.random.split(key, 7)
+    ones = jnp.ones((config.layers, config.embed), config.param_dtype)
+    self.config = config
+    # Norm scales are small: whole on every device.
+    self.attention_norm = nnx.Param(ones, axes=("layers", "features"))
+    self.q = _normal(keys[0], config, ("layers", "embed", "kv_heads", "group", "head_dim"))
+    self.k = _normal(keys[1], config, ("layers", "embed", "kv_heads", "head_dim"))
+    self.v = _normal(keys[2], config, ("layers", "embed", "kv_heads", "head_dim"))
+    self.o = _normal(keys[3], config, ("layers", "kv_heads", "group", "head_dim", "embed"))
+    self.ffw_norm = nnx.Param(ones, axes=("layers", "features"))
+    self.gate = _normal(keys[4], config, ("layers", "embed", "ffw"))
+    self.up = _normal(keys[5], config, ("layers", "embed", "ffw"))
+    self.down = _normal(keys[6], config, ("layers", "ffw", "embed"))
+
+  def project(
+    self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer's queries [B, T, K, G, H], keys and values [B, T, K, H]; queries and keys rotated."""
+    x = _rms_norm(x_BTD, self.attention_norm, self.config.norm_eps)
+    q = jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype))
+    k = jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype))
+    v = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
+    q = _rotate(q, (tables[0][:, :, None], tables[1][:, :, None]))
+    return (
+      mesh.constrain(q, ("batch", "length", "kv_heads", "group", "head_dim")),
+      mesh.constrain(_rotate(k, tables), ("batch", "length", "kv_heads", "head_dim")),
+      mesh.constrain(v, ("batch", "length", "kv_heads", "head_dim")),
+    )
+
+  def finish(self, x_BTD: jax.Array, mixed_BTKGH: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    """One layer's output [B, T, D]: its input, plus the attention's projection, plus the feed-forward block."""
+    rate, dtype = self.config.dropout, x_BTD.dtype
+    keys = (None, None) if key is None else jax.random.split(key)
+    added = jnp.einsum("btkgh,kghd->btd", mixed_BTKGH, self.o[...].astype(dtype))
+    x_BTD = mesh.constrain(x_BTD + _dropout(added, rate, keys[0]), ("batch", "length", "features"))
+    x = _rms_norm(x_BTD, self.ffw_norm, self.config.norm_eps)
+    gate_BTF = jnp.einsum("btd,df->btf", x, self.gate[...].astype(dtype))
+    up_BTF = jnp.einsum("btd,df->btf", x, self.up[...].astype(dtype))
+    inner_BTF = mesh.constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "ffw"))
+    added = jnp.einsum("btf,fd->btd", inner_BTF, self.down[...].astype(dtype))
+    return mesh.constrain(x_BTD + _dropout(added, rate, keys[1]), ("batch", "length", "features"))
+
+
+class Llama(nnx.Module):
+  """A decoder-only language model; `config` is static, everything else are arrays."""
+
+  def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
+    """Random weights.  For large models wrap it: `jax.jit(Llama, static_argnums=0, out_shardings=...)`."""
+    keys = jax.random.split(key, 3)
+    self.config = config
+    self.embedding = _normal(keys[0], config, ("vocab", "embed"))
+    self.layers = Layers(config, keys[1])
+    self.norm = nnx.Param(jnp.ones((config.embed,), config.param_dtype), axes=("features",))
+    self.head = None if config.tied else _normal(keys[2], config, ("embed", "vocab"))
+
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """Hidden states [B, T, D] after the final norm; a token sees itself and what precedes it in its segment.
+
+    Args:
+      tokens_BT: int32 ids.
+      positions_BT: int32 place of each token in its own text.
+      segments_BT: int32, equal for tokens of one text; 0 is padding, whose output means nothing.
+      dropout_key: turns dropout on, if the config's rate is above 0.
+    """
+    config = self.config
+    index_T = jnp.arange(tokens_BT.shape[1])
+    mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
+    mask_BTS &= index_T[:, None] >= index_T[None, :]
+    tables = _rope_tables(config, positions_BT)
+    drops = dropout_key is not None and config.dropout > 0
+    keys = jax.random.split(dropout_key, config.layers + 1) if drops else None
+    x_BTD = _dropout(self._embed(tokens_BT), config.dropout, keys[-1] if drops else None)
+
+    def step(x_BTD: jax.Array, layer: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
+      weights, key = layer
+      mixed_BTKGH = _attend(*weights.project(x_BTD, tables), mask_BTS)
+      return weights.finish(x_BTD, mixed_BTKGH, key), None
+
+    if config.remat == "full":
+      step = jax.checkpoint(step, prevent_cse=False)
+    elif config.remat == "minimal":
+      step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    x_BTD, _ = jax.lax.scan(step, x_BTD, (self.layers, keys[:-1] if drops else None))
+    return _rms_norm(x_BTD, self.norm, config.norm_eps)
+
+  def cached(
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    """Hidden states [B, T, D] of the next T tokens, and the cache with them: prefill of prompts, or decoding (T = 1).
+
+    Args:
+      tokens_BT: int32 ids; they are written into T slots from the cursor on, which advances by T for all rows.
+      positions_BT: int32 place of each token in its own text, whatever its slot.
+      valid_BT: bool; a token that is not valid (padding, or a row that has ended) is seen by no other.
+      cache: must have T slots left: beyond its end the last slots are overwritten.  Donate it to `jax.jit` to update
+        it in place.
+    """
+    start, count, slots = cache.cursor, tokens_BT.shape[1], cache.valid_BS.shape[1]
+    valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT, (0, start))
+    reached_TS = jnp.arange(slots)[None, :] <= start + jnp.arange(count)[:, None]
+    mask_BTS = valid_BS[:, None, :] & reached_TS
+    tables = _rope_tables(self.config, positions_BT)
+
+    def step(
+      carry: tuple[jax.Array, jax.Array, jax.Array], layer: tuple[Layers, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+      x_BTD, keys, values = carry
+      weights, index = layer
+      q, k, v = weights.project(x_BTD, tables)
+      # The whole cache is carried and one layer's new slots are written, so that nothing else of it is copied.
+      at = (index, 0, start, 0, 0)
+      keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
+      values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+      mixed_BTKGH = _attend(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
+      return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None
+
+    carry = (self._embed(tokens_BT), cache.keys_LBSKH, cache.values_LBSKH)
+    (x_BTD, keys, values), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
+    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, start + count)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V] of hidden states [..., D] that the final norm has passed."""
+    if self.head is None:
+      kernel, pattern = self.embedding[...], "...d,vd->...v"
+    else:
+      kernel, pattern = self.head[...], "...d,dv->...v"
+    return jnp.einsum(pattern, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  def _embed(self, tokens_BT: jax.Array) -> jax.Array:
+    # Features gathered first, so that the look-up itself needs no more than a sum over the vocabulary's shards.
+    table_VD = mesh.constrain(self.embedding[...], ("vocab", "features"))
+    x_BTD = table_VD.at[tokens_BT].get(mode="clip").astype(self.config.dtype)
+    return mesh.constrain(x_BTD, ("batch", "length", "features"))
+
+
+def parameter_count(config: LlamaConfig) -> int:
+  """How many parameters a model of these sizes has; none is created."""
+  model = jax.eval_shape(lambda key: Llama(config, key), jax.random.key(0))
+  return sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -1,0 +1,123 @@
+"""srlm: the command line.
+
+One absl app: the stage is positional, the configuration a file with overrides.
+
+  srlm all --config=configs/tiny.py --workdir=runs/tiny
+  srlm judge --config=configs/m2.py:llama2_70b --workdir=gs://bucket/run --config.judge.votes=5
+"""
+
+from collections.abc import Sequence
+import pathlib
+import sys
+import time
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+from ml_collections import config_dict, config_flags
+
+from srlm_jax import artifacts, mesh as mesh_lib, steps
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, with its variant: configs/tiny.py:smoke.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped.")
+_CACHE = flags.DEFINE_string(
+  "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
+)
+
+
+def usage() -> str:
+  """The stages, for --help and for errors."""
+  rows = {
+    "all": "every stage below, in order; what is done is skipped",
+    "stages": "print the steps of this configuration and how far they are; do nothing",
+    **steps.STAGES,
+  }
+  width = max(map(len, rows))
+  return "\n".join(
+    [
+      "Self-Rewarding Language Models in JAX.",
+      "",
+      "usage: srlm STAGE --config=FILE[:VARIANT] --workdir=FOLDER [--config.KEY=VALUE …]",
+      "",
+      *(f"  {name:<{width}}  {what}" for name, what in rows.items()),
+      "",
+    ]
+  )
+
+
+def state(artifact: artifacts.Artifact) -> str:
+  """How far a step is: "done", "begun" or "to do"."""
+  if artifact.done:
+    return "done"
+  return "begun" if (artifact.folder / "stage.json").exists() else "to do"
+
+
+def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str) -> None:
+  """Runs the steps of a stage ("all": every one). All configurations are checked before any work starts."""
+  mesh = mesh_lib.make_mesh(**settings.mesh)
+  planned = steps.plan(settings, workdir, mesh)
+  made = {step.folder: steps.artifact(step, planned, workdir) for step in planned}
+  chosen = [step for step in planned if stage in ("all", step.stage)]
+  for step in chosen:
+    made[step.folder].check_config()
+  for number, step in enumerate(chosen, 1):
+    out = made[step.folder]
+    if step.stage != "report":
+      out.begin()
+      if out.done:
+        logging.info("[%d/%d] %s: done already", number, len(chosen), step.folder)
+        continue
+    logging.info("[%d/%d] %s: stage %s", number, len(chosen), step.folder, step.stage)
+    started = time.monotonic()
+    with jax.set_mesh(mesh):
+      step.run(out)
+    logging.info("[%d/%d] %s: finished in %.1f s", number, len(chosen), step.folder, time.monotonic() - started)
+
+
+def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> None:
+  """Prints the steps of a configuration, with their inputs and states."""
+  place = workdir or epath.Path("WORKDIR")
+  planned = steps.plan(settings, place, mesh_lib.make_mesh(**settings.mesh))
+  for step in planned:
+    how_far = state(steps.artifact(step, planned, place)) if workdir else ""
+    sources = ", ".join(dict.fromkeys(step.inputs.values())) if step.stage != "report" else "all of them"
+    print(f"{step.folder:<20} {step.stage:<10} {how_far:<6} from {sources or 'nothing'}")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Entry point after absl has read the flags."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  if len(argv) != 2:
+    raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
+  stage = argv[1]
+  valid = ["all", "stages", *steps.STAGES]
+  if stage not in valid:
+    raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
+  if _CONFIG.value is None:
+    raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
+  workdir = epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+  if stage == "stages":
+    show_steps(_CONFIG.value, workdir)
+    return
+  if workdir is None:
+    raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
+  if _CACHE.value:
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  started = time.monotonic()
+  try:
+    run_steps(_CONFIG.value, workdir, stage)
+  except (ValueError, FileNotFoundError) as error:
+    logging.debug("the error in full", exc_info=True)
+    sys.exit(f"srlm {stage}: {error}")
+  logging.info("srlm %s: %.0f s", stage, time.monotonic() - started)
+
+
+def run() -> None:
+  """Console entry point."""
+  app.run(main)
+
+
+if __name__ == "__main__":
+  run()

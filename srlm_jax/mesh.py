@@ -1,0 +1,133 @@
+"""The device mesh, and the one table that says over which of its axes each named dimension of an array is split.
+
+Parameters carry the names of their dimensions, activations are named where they are computed; `RULES` alone maps names
+to mesh axes.  "data" and "fsdp" split the batch, "fsdp" also the parameters, "tensor" heads, feed-forward and
+vocabulary.
+"""
+
+import math
+from typing import Any, TypeVar
+
+from flax import nnx
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Axes = tuple[str | None, ...]
+T = TypeVar("T")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # Activations.  Their features stay whole, so that "embed" below splits parameters alone.
+  "batch": ("data", "fsdp"),
+  "length": None,
+  "features": None,
+  # Parameters.
+  "layers": None,
+  "embed": "fsdp",
+  # Both.
+  "kv_heads": "tensor",
+  "group": None,
+  "head_dim": None,
+  "ffw": "tensor",
+  "vocab": "tensor",
+}
+
+
+def make_mesh(fsdp: int = -1, tensor: int = 1, data: int = 1) -> Mesh:
+  """A mesh ("data", "fsdp", "tensor") over all devices; one size may be -1: whatever is left.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  devices = jax.device_count()
+  known = math.prod(size for size in sizes.values() if size != -1)
+  free = [name for name, size in sizes.items() if size == -1]
+  if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
+    raise ValueError(f"mesh sizes {sizes}: each must be positive, and at most one of them -1 (whatever is left).")
+  if free and devices % known == 0:
+    sizes[free[0]] = devices // known
+  if math.prod(sizes.values()) != devices:
+    raise ValueError(
+      f"mesh sizes {sizes} do not multiply to the {devices} devices: change data, fsdp or tensor, or set one to -1."
+    )
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def spec(axes: Axes) -> PartitionSpec:
+  """The partition of an array whose dimensions have these names; None is a dimension that is never split.
+
+  Raises:
+    ValueError: a name that RULES does not hold, or two dimensions that would be split over the same mesh axis.
+  """
+  owner: dict[str, str] = {}
+  parts: list[str | tuple[str, ...] | None] = []
+  for name in axes:
+    if name is not None and name not in RULES:
+      raise ValueError(f"axis name {name!r} of {axes} is unknown: use one of {sorted(RULES)} or add it to mesh.RULES.")
+    part = None if name is None else RULES[name]
+    for mesh_axis in (part,) if isinstance(part, str) else part or ():
+      if mesh_axis in owner:
+        raise ValueError(
+          f"dimensions {owner[mesh_axis]!r} and {name!r} of {axes} are both split over mesh axis {mesh_axis!r}: "
+          "change mesh.RULES or name one of them None."
+        )
+      owner[mesh_axis] = str(name)
+    parts.append(part)
+  return PartitionSpec(*parts)
+
+
+def _ways(part: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+  """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
+  names = (part,) if isinstance(part, str) else part or ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def _check_divisible(what: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+  if len(shape) != len(axes):
+    raise ValueError(f"{what} has shape {shape} but the axis names {axes}: give one name per dimension.")
+  for size, name, part in zip(shape, axes, spec(axes)):
+    ways = _ways(part, mesh)
+    if size % ways:
+      raise ValueError(
+        f"{what} has shape {shape}: its dimension {name!r} of size {size} does not divide into {ways} pieces over mesh "
+        f"axis {part!r}: change the mesh's sizes or the model's."
+      )
+
+
+def shardings(tree: T, mesh: Mesh) -> T:
+  """The same tree with a NamedSharding for every array, e.g. for `jax.jit(..., out_shardings=...)` or a restore.
+
+  Args:
+    tree: a module or anything that holds some (a train state), with arrays or their shapes (`jax.eval_shape`). The
+      arrays of an `nnx.Param` are split as its metadata `axes` says, scalars outside of one are replicated.
+    mesh: over which devices.
+
+  Raises:
+    ValueError: a Param without `axes`, an array of one or more dimensions outside a Param, or a dimension that does
+      not divide; the message names the place in the tree.
+  """
+
+  def one(path: tuple[Any, ...], leaf: Any) -> Any:
+    name = jax.tree_util.keystr(path)
+    if not isinstance(leaf, nnx.Variable):
+      if leaf.ndim:
+        raise ValueError(f"array {name} of shape {leaf.shape} is in no nnx.Param, so its axes have no names.")
+      return NamedSharding(mesh, PartitionSpec())
+    if not jax.tree.leaves(leaf):  # optax leaves such holes where it masks a parameter.
+      return leaf
+    axes = leaf.get_metadata().get("axes")
+    if axes is None:
+      raise ValueError(f"parameter {name} has no axis names: create it with nnx.Param(value, axes=(...)).")
+    _check_divisible(f"parameter {name}", leaf.shape, axes, mesh)
+    return leaf.replace(NamedSharding(mesh, spec(axes)))
+
+  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def constrain(array: jax.Array, axes: Axes) -> jax.Array:
+  """Splits an activation over the mesh in use (`jax.set_mesh`) by the names of its dimensions; without one, nothing."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return array
+  _check_divisible("an activation", array.shape, axes, mesh)
+  return jax.lax.with_sharding_constraint(array, spec(axes))

@@ -1,0 +1,77 @@
+"""Models as artifacts: weights, tokenizer and golden encodings in one folder, checked when they are loaded."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import config_dict
+
+from srlm_jax import artifacts, checkpoint, llama, rollout, tokenizer
+
+
+def save(
+  out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]
+) -> None:
+  """Writes weights and tokenizer into an artifact and commits it; the states of its training are deleted."""
+  checkpoint.save_model(out.folder, model)
+  words.save(out.folder / "tokenizer")
+  out.write("golden.json", json.dumps(words.golden(), indent=1))
+  out.write("llama.json", (out.folder / "llama.json").read_text())
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+  states = out.folder / "states"
+  if states.exists():
+    states.rmtree()
+  out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("weights", "tokenizer"))
+
+
+def load_tokenizer(artifact: artifacts.Artifact) -> tokenizer.Tokenizer:
+  """The tokenizer of a model artifact; ValueError where it does not encode as it did when the model was made."""
+  words = tokenizer.load(artifact.folder / "tokenizer")
+  tokenizer.verify(words, json.loads(artifact.read_text("golden.json")))
+  return words
+
+
+def load(
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, train: bool = False
+) -> llama.Llama:
+  """The model of an artifact, for training (dropout and remat of the configuration) or for use (neither)."""
+  artifact.manifest()
+  how = settings.model
+  return checkpoint.load_model(
+    artifact.folder,
+    mesh,
+    dropout=how.dropout if train else 0.0,
+    remat=how.remat if train else "none",
+    dtype=how.dtype,
+  )
+
+
+def speaker(
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh
+) -> rollout.Speaker:
+  """A model that answers and judges."""
+  return rollout.Speaker(
+    model=load(artifact, settings, mesh),
+    tokenizer=load_tokenizer(artifact),
+    chat_kind=settings.chat,
+    rows=settings.generation.rows,
+    seed=settings.seed,
+    max_length=settings.model.max_length,
+  )
+
+
+def same_tokenizer(artifact: artifacts.Artifact, words: tokenizer.Tokenizer) -> None:
+  """ValueError where an artifact's token ids are another tokenizer's."""
+  theirs = artifact.manifest()["facts"]["tokenizer"]
+  if theirs != words.digest:
+    raise ValueError(
+      f"{artifact.folder} holds token ids of the tokenizer {theirs[:12]}…, the model has {words.digest[:12]}…: "
+      "they must be the same. Make the artifact again with this model."
+    )
+
+
+def metrics_path(artifact: artifacts.Artifact) -> epath.Path:
+  """Where training writes one line a step."""
+  return artifact.folder / "metrics.jsonl"

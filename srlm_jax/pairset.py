@@ -1,0 +1,74 @@
+"""DPO's training set: pairs as arrays, with the reference model's log-probs in them."""
+
+from collections.abc import Sequence
+import functools
+
+from etils import epath
+import jax
+import numpy as np
+
+from srlm_jax import batching, dataset, llama, logprobs, mesh as mesh_lib, records
+
+
+def row_length(pairs: Sequence[records.PreferencePair], longest: int) -> int:
+  """The length bucket that holds every pair: one static shape for the reference pass and for training."""
+  most = max(
+    len(pair.prompt_tokens) + max(len(pair.chosen_tokens), len(pair.rejected_tokens)) for pair in pairs
+  )
+  return batching.bucket(most, batching.doubling_buckets(32, longest))
+
+
+def pair_row(pair: records.PreferencePair, length: int) -> dict[str, np.ndarray]:
+  """The arrays of a pair, [2, T] each: chosen first, rejected second."""
+  prompt = pair.prompt_tokens
+  examples = [batching.Example((*prompt, *tokens), len(prompt)) for tokens in (pair.chosen_tokens, pair.rejected_tokens)]
+  sides = batching.pack(examples, length, packed=False)
+  return {name: np.stack([side[name] for side in sides]) for name in sides[0]}
+
+
+def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """B pair rows to arrays [2B, T]: the B chosen rows first, then the rejected ones in the same order."""
+  return {name: np.concatenate([np.stack([row[name][side] for row in rows]) for side in (0, 1)]) for name in rows[0]}
+
+
+def reference_logprobs(
+  model: llama.Llama, rows: Sequence[dict[str, np.ndarray]], size: int, chunk: int, mesh: jax.sharding.Mesh
+) -> np.ndarray:
+  """float32 [pairs, 2]: log-prob of chosen and rejected under the reference, by the trainer's own pass and shapes.
+
+  Args:
+    model: the reference, without dropout.
+    rows: of `pair_row`.
+    size: pairs in a batch: the train step's, so that both run the same program shape.
+    chunk: see logprobs.next_token_logprobs.
+    mesh: the devices.
+  """
+  score = jax.jit(functools.partial(logprobs.sequence_logprobs, chunk=chunk))
+  sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
+  out = []
+  for start in range(0, len(rows), size):
+    part = list(rows[start : start + size])
+    filled = part + [part[-1]] * (size - len(part))
+    both = np.asarray(score(model, jax.device_put(stack(filled), sharding)))
+    out.append(np.stack([both[:size], both[size:]], axis=1)[: len(part)])
+  return np.concatenate(out)
+
+
+def write(
+  folder: epath.Path, rows: Sequence[dict[str, np.ndarray]], reference: np.ndarray
+) -> None:
+  """Prepares the dataset: every row with its two reference log-probs."""
+  dataset.write(folder, [{**row, "reference": logp.astype(np.float32)} for row, logp in zip(rows, reference, strict=True)])
+
+
+class Batches:
+  """Batches of a written pair set as dpo_loss takes them; item k is the batch of step k."""
+
+  def __init__(self, folder: epath.Path, size: int, seed: int) -> None:
+    self._source = dataset.batches(folder, size, seed)
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    batch = dict(self._source[step])
+    reference = batch.pop("reference")
+    sides = {name: value.swapaxes(0, 1).reshape(-1, value.shape[-1]) for name, value in batch.items()}
+    return {**sides, "reference_chosen": reference[:, 0], "reference_rejected": reference[:, 1]}

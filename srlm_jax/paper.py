@@ -1,0 +1,32 @@
+"""The paper's figures, to stand beside a run's own (Yuan et al., Self-Rewarding Language Models, arXiv 2401.10020 v3).
+
+Shares are fractions. A model that the paper does not have (an M4) is simply missing from these tables.
+"""
+
+SOURCE = "Yuan et al., Self-Rewarding Language Models, arXiv 2401.10020 v3"
+
+# Table 4: agreement of the judge with people's ranks, on the held-out EFT prompts. "five_bucket" is the SFT baseline
+# with the compared judge prompt of five mutually exclusive grades.
+JUDGING: dict[str, dict[str, float]] = {
+  "pairwise": {"baseline": 0.651, "m1": 0.787, "m2": 0.804, "m3": 0.817, "five_bucket": 0.266},
+  "five_best": {"baseline": 0.396, "m1": 0.415, "m2": 0.443, "m3": 0.432, "five_bucket": 0.235},
+  "exact_match": {"baseline": 0.101, "m1": 0.131, "m2": 0.143, "m3": 0.143, "five_bucket": 0.011},
+  "spearman": {"baseline": 0.253, "m1": 0.279, "m2": 0.331, "m3": 0.349, "five_bucket": -0.18},
+  "kendall": {"baseline": 0.233, "m1": 0.253, "m2": 0.315, "m3": 0.324, "five_bucket": -0.16},
+}
+
+# §3.2, head to head on 256 prompts by GPT-4, each pair in both orders: (win, tie, loss) of the first over the second.
+DUELS: dict[tuple[str, str], tuple[float, float, float]] = {
+  ("m1", "baseline"): (0.305, 0.387, 0.309),
+  ("m2", "baseline"): (0.492, 0.363, 0.145),
+  ("m3", "baseline"): (0.625, 0.277, 0.098),
+  ("m2", "m1"): (0.555, 0.328, 0.117),
+  ("m3", "m2"): (0.477, 0.398, 0.125),
+  ("m3", "m1"): (0.688, 0.227, 0.086),
+}
+
+# AlpacaEval 2.0: mean length of an answer, in characters.
+CHARACTERS: dict[str, int] = {"m1": 1092, "m2": 1552, "m3": 2552}
+
+# §3.1.1 and §3.2: how much data each part had.
+SIZES: dict[str, int] = {"ift": 3200, "eft": 1630, "eft held out": 541, "m2": 3964, "m3": 6942}

@@ -1,0 +1,121 @@
+"""The records that travel between the stages, and their files.
+
+Every file of records is JSON Lines in UTF-8: one object a line, the fields of one of the classes below and no others.
+Reading validates each line, and an error names the file, the line, the field and the rule.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, TypeVar
+
+from etils import epath
+import pydantic
+
+
+class Record(pydantic.BaseModel):
+  """Base of all records: frozen, and unknown fields are refused."""
+
+  model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class Prompt(Record):
+  """An instruction without an answer."""
+
+  id: str
+  text: str
+  source: str  # "oasst", "world", "m1" … : who wrote it.
+
+
+class SFTExample(Record):
+  """One supervised example; the loss falls on `response` and its end token only.
+
+  kind "ift" is an instruction and its answer; kind "eft" a filled judge prompt and its judgement; kind "aift" an answer
+  that the model itself gave a perfect score (the paper's variant "positive examples only").
+  """
+
+  id: str
+  kind: Literal["ift", "eft", "aift"]
+  prompt: str
+  response: str
+
+
+class Reply(Record):
+  """A human reply with its rank among its siblings, 0 is best; None where people did not rank it."""
+
+  id: str
+  text: str
+  rank: int | None
+
+
+class RankedReplies(Record):
+  """A prompt with at least two ranked human replies: the raw material of EFT and of the reward-model metrics."""
+
+  prompt_id: str
+  prompt: str
+  replies: tuple[Reply, ...]
+
+
+class Response(Record):
+  """One sampled answer. `tokens` are the sampled ids, the end token included where the model gave one."""
+
+  prompt_id: str
+  prompt: str
+  sample: int
+  text: str
+  tokens: tuple[int, ...]
+  finished: bool  # Ended by its end token, not by the length limit.
+
+
+class Vote(Record):
+  """One sampled verdict: the model's own continuation, its score, or why it has none."""
+
+  text: str
+  score: float | None
+  reason: str = ""  # "" where a score was read; else "unfinished", "no_score", "out_of_range", "too_long".
+
+
+class Judgement(Record):
+  """All votes on one response. `score` is their mean, None where fewer than the required votes were readable."""
+
+  prompt_id: str
+  sample: int
+  votes: tuple[Vote, ...]
+  score: float | None
+
+
+class PreferencePair(Record):
+  """Best against worst response of a prompt (paper §2.4), as sampled token ids."""
+
+  prompt_id: str
+  prompt: str
+  prompt_tokens: tuple[int, ...]
+  chosen: str
+  chosen_tokens: tuple[int, ...]
+  chosen_score: float
+  rejected: str
+  rejected_tokens: tuple[int, ...]
+  rejected_score: float
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read(path: epath.PathLike, kind: type[R]) -> Iterator[R]:
+  """Yields the records of a JSON Lines file; ValueError with file, line and rule where one does not fit."""
+  path = epath.Path(path)
+  with path.open("r") as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        yield kind.model_validate_json(line)
+      except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the line"
+        raise ValueError(
+            f"{path}, line {number}: not a {kind.__name__}: {where}: {first['msg']}. Repair or remove the line."
+        ) from error
+
+
+def dumps(records: Iterable[Record]) -> str:
+  """The JSON Lines text of some records."""
+  return "".join(record.model_dump_json() + "\n" for record in records)

@@ -1,0 +1,135 @@
+"""The two skills of a model as functions of texts: answering instructions and judging answers."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import statistics
+from typing import Any
+
+from srlm_jax import chat, generator, llama, records, sampling, templates
+from srlm_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+  """A model with all that turns texts into its tokens and back.
+
+  Attributes:
+    model: the weights.
+    tokenizer: its tokenizer.
+    chat_kind: the chat template that training used, too.
+    rows: continuations decoded at once.
+    seed: of all draws.
+    max_length: longest prompt and continuation together, in tokens.
+  """
+
+  model: llama.Llama
+  tokenizer: Tokenizer
+  chat_kind: str
+  rows: int
+  seed: int
+  max_length: int
+
+  def generator(self, how: sampling.Sampling) -> generator.Generator:
+    """A generator with these sampling parameters."""
+    limit = self.max_length - how.max_new
+    if limit < 32:
+      raise ValueError(f"max_new {how.max_new} leaves {limit} of {self.max_length} tokens for the prompt: lower it.")
+    return generator.Generator(self.model, self.tokenizer.eos_id, how, self.rows, limit, self.seed)
+
+  def chat(self, text: str) -> tuple[int, ...]:
+    """The prompt tokens of an instruction in the chat template."""
+    return tuple(chat.chat_tokens(self.tokenizer, text, self.chat_kind))
+
+
+def answer(
+  speaker: Speaker, prompts: Sequence[records.Prompt], samples: int, how: sampling.Sampling
+) -> list[records.Response]:
+  """`samples` answers to each prompt, in the order of the prompts.
+
+  A prompt too long for the model gives no response; the caller sees it missing and counts it.
+  """
+  engine = speaker.generator(how)
+  tokens = {prompt.id: speaker.chat(prompt.text) for prompt in prompts}
+  fitting = [prompt for prompt in prompts if len(tokens[prompt.id]) <= engine.max_prompt]
+  requests = [generator.Request(f"answer {p.id}", tokens[p.id], samples) for p in fitting]
+  by_name = {request.name: completions for request, completions in engine.generate(requests)}
+  return [
+    records.Response(
+      prompt_id=prompt.id,
+      prompt=prompt.text,
+      sample=index,
+      text=speaker.tokenizer.decode(completion.tokens).strip(),
+      tokens=completion.tokens,
+      finished=completion.finished,
+    )
+    for prompt in fitting
+    for index, completion in enumerate(by_name[f"answer {prompt.id}"])
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judging:
+  """How a response is judged (paper §2.2): the rubric, the votes, and how many of them must be readable."""
+
+  rubric: templates.Rubric
+  votes: int
+  min_votes: int
+  how: sampling.Sampling
+
+
+def judging(section: Mapping[str, Any]) -> Judging:
+  """The Judging of the configuration's `judge` section."""
+  how = sampling.Sampling(**section["sampling"])
+  if not 1 <= section["min_votes"] <= section["votes"]:
+    raise ValueError(f"judge.min_votes={section['min_votes']} must lie between 1 and judge.votes={section['votes']}.")
+  return Judging(templates.load_rubric(section["rubric"]), section["votes"], section["min_votes"], how)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A response to be judged; (prompt_id, sample) names it."""
+
+  prompt_id: str
+  sample: int
+  instruction: str
+  response: str
+
+
+def read_vote(text: str, finished: bool, rubric: templates.Rubric) -> records.Vote:
+  """The vote that a judge's own continuation casts; one that was cut off by the length limit casts none."""
+  if not finished:
+    return records.Vote(text=text, score=None, reason="unfinished")
+  score, reason = templates.parse_score(text, rubric.low, rubric.high)
+  return records.Vote(text=text, score=score, reason=reason)
+
+
+def tally(candidate: Candidate, votes: Sequence[records.Vote], min_votes: int) -> records.Judgement:
+  """The mean of the readable votes; no score, never a made-up one, where fewer than `min_votes` are readable."""
+  scores = [vote.score for vote in votes if vote.score is not None]
+  mean = statistics.fmean(scores) if len(scores) >= min_votes else None
+  return records.Judgement(prompt_id=candidate.prompt_id, sample=candidate.sample, votes=tuple(votes), score=mean)
+
+
+def judge(speaker: Speaker, candidates: Sequence[Candidate], judging: Judging) -> list[records.Judgement]:
+  """Judges each candidate by sampling `votes` verdicts, in the order of the candidates.
+
+  A judge prompt that is too long is not cut: its votes are unreadable, with the reason "too_long".
+  """
+  engine = speaker.generator(judging.how)
+  requests = []
+  for index, candidate in enumerate(candidates):
+    tokens = speaker.chat(judging.rubric.fill(candidate.instruction, candidate.response))
+    name = f"judge {judging.rubric.digest} {candidate.prompt_id} {candidate.sample}"
+    requests.append((index, generator.Request(name, tokens, judging.votes)))
+  fitting = [request for _, request in requests if len(request.tokens) <= engine.max_prompt]
+  by_name = {
+    request.name: [
+      read_vote(speaker.tokenizer.decode(completion.tokens), completion.finished, judging.rubric)
+      for completion in completions
+    ]
+    for request, completions in engine.generate(fitting)
+  }
+  too_long = [records.Vote(text="", score=None, reason="too_long")] * judging.votes
+  return [
+    tally(candidates[index], by_name.get(request.name, too_long), judging.min_votes) for index, request in requests
+  ]

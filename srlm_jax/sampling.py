@@ -1,0 +1,129 @@
+"""Sampling as one jitted program: prefill once per prompt, then decode all its samples until each has ended."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from srlm_jax import llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 keeps the whole distribution."""
+
+  temperature: float = 0.7
+  top_p: float = 0.9
+  max_new: int = 512
+
+  def __post_init__(self) -> None:
+    if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new < 1:
+      raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1 and max_new >= 1.")
+
+
+def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+  """Logits with everything outside the smallest set of likeliest tokens that holds `top_p` of the mass set to -inf.
+
+  The threshold is found by bisection over the bit patterns of the probabilities (non-negative floats order as
+  their bits do): 31 comparisons and sums, exact, and no sort of the vocabulary. Tokens tied at the threshold all stay.
+  """
+  probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+  bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+
+  def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low_B, high_B = bounds  # mass(>= low) reaches top_p, mass(>= high) does not.
+    middle_B = low_B + (high_B - low_B) // 2
+    enough_B = jnp.sum(jnp.where(bits_BV >= middle_B[:, None], probs_BV, 0.0), axis=-1) >= top_p
+    return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+  batch = logits_BV.shape[0]
+  one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+  low_B, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros(batch, jnp.int32), jnp.full(batch, one + 1, jnp.int32)))
+  return jnp.where(bits_BV >= low_B[:, None], logits_BV, -jnp.inf)
+
+
+def draw(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, temperature: float, top_p: float) -> jax.Array:
+  """int32 [B]: one token a row. Each row has its own key, folded with the step: no row depends on another."""
+  if temperature == 0:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  if top_p < 1:
+    logits_BV = nucleus(logits_BV, top_p)
+  noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits_BV.shape[1:]))(keys_B)
+  return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
+
+
+def fan_out(cache: llama.Cache, samples: int, slots: int) -> llama.Cache:
+  """The cache of R prompts for R · samples rows, with `slots` free slots behind: one prefill serves all samples."""
+
+  def widen(array: jax.Array, batch_axis: int) -> jax.Array:
+    array = jnp.repeat(array, samples, axis=batch_axis)
+    return jnp.pad(array, [(0, slots if axis == batch_axis + 1 else 0) for axis in range(array.ndim)])
+
+  return llama.Cache(widen(cache.keys_LBSKH, 1), widen(cache.values_LBSKH, 1), widen(cache.valid_BS, 0), cache.cursor)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "sampling", "eos_id", "dtype"))
+def generate(
+  model: llama.Llama,
+  prompts_RP: jax.Array,
+  lengths_R: jax.Array,
+  key_data_B2: jax.Array,
+  *,
+  samples: int,
+  sampling: Sampling,
+  eos_id: int,
+  dtype: str,
+) -> tuple[jax.Array, jax.Array]:
+  """Samples `samples` continuations of each prompt.
+
+  Args:
+    model: the model.
+    prompts_RP: int32, padded on the right; R prompts make B = R · samples rows, the samples of a prompt adjacent.
+    lengths_R: number of real tokens in each prompt; 0 marks an empty slot, which is never sampled.
+    key_data_B2: uint32, the RNG key of each row.
+    samples: continuations of each prompt.
+    sampling: temperature, top-p and the longest continuation G.
+    eos_id: the token that ends a continuation.
+    dtype: of the KV cache.
+
+  Returns:
+    tokens int32 [B, G], filled with `eos_id` after the end; lengths int32 [B], the end token included.
+  """
+  prompts, prompt_length = prompts_RP.shape
+  batch, longest = prompts * samples, sampling.max_new
+  keys_B = jax.random.wrap_key_data(key_data_B2)
+
+  positions_RP = jnp.broadcast_to(jnp.arange(prompt_length), (prompts, prompt_length))
+  valid_RP = positions_RP < lengths_R[:, None]
+  cache = llama.init_cache(model.config, prompts, prompt_length, dtype)
+  hidden_RPD, cache = model.cached(prompts_RP, positions_RP, valid_RP, cache)
+  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
+  logits_BV = jnp.repeat(model.logits(last_RD), samples, axis=0)
+  cache = fan_out(cache, samples, longest)
+  lengths_B = jnp.repeat(lengths_R, samples)
+
+  def unfinished(carry: tuple) -> jax.Array:
+    step, _, _, done_B, _, _ = carry
+    return (step < longest) & ~jnp.all(done_B)
+
+  def advance(carry: tuple) -> tuple:
+    step, logits_BV, cache, done_B, tokens_BG, counts_B = carry
+    token_B = jnp.where(done_B, eos_id, draw(logits_BV, keys_B, step, sampling.temperature, sampling.top_p))
+    tokens_BG = jax.lax.dynamic_update_slice(tokens_BG, token_B[:, None], (0, step))
+    counts_B = counts_B + ~done_B
+    done_B = done_B | (token_B == eos_id)
+    hidden_B1D, cache = model.cached(token_B[:, None], (lengths_B + step)[:, None], ~done_B[:, None], cache)
+    return step + 1, model.logits(hidden_B1D[:, 0]), cache, done_B, tokens_BG, counts_B
+
+  start = (
+    jnp.int32(0),
+    logits_BV,
+    cache,
+    lengths_B == 0,
+    jnp.full((batch, longest), eos_id, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+  )
+  _, _, _, _, tokens_BG, counts_B = jax.lax.while_loop(unfinished, advance, start)
+  return tokens_BG, counts_B

@@ -1,0 +1,97 @@
+"""base: M0, from Hugging Face weights, from scratch on a world's text, or random (for trials)."""
+
+import dataclasses
+import functools
+import json
+
+from absl import logging
+from etils import epath
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from srlm_jax import (
+  artifacts,
+  batching,
+  chat,
+  checkpoint,
+  config as config_lib,
+  convert,
+  dataset,
+  llama,
+  modelstore,
+  tokenizer,
+  train_loop,
+  train_step,
+)
+
+
+def _fresh_config(settings: config_dict.ConfigDict, words: tokenizer.Tokenizer) -> llama.LlamaConfig:
+  if settings.base.size not in llama.SIZES:
+    raise artifacts.unknown(settings.base.size, list(llama.SIZES), "model size")
+  return dataclasses.replace(
+    llama.SIZES[settings.base.size],
+    vocab_size=words.vocab_size,
+    max_length=settings.model.max_length,
+    dtype=settings.model.dtype,
+    param_dtype=settings.model.param_dtype,
+    remat="none",
+    dropout=0.0,
+  )
+
+
+def _documents(path: epath.Path, words: tokenizer.Tokenizer, kind: str) -> list[batching.Example]:
+  """Pretraining documents: plain {"text"}, or {"prompt", "response"} in the chat template; every token is a target."""
+  examples = []
+  for line in path.read_text().splitlines():
+    fields = json.loads(line)
+    if "text" in fields:
+      tokens = [words.bos_id, *words.encode(fields["text"]), words.eos_id]
+    else:
+      tokens = [*chat.chat_tokens(words, fields["prompt"], kind), *words.encode(fields["response"]), words.eos_id]
+    examples.append(batching.Example(tuple(tokens), 1))
+  return examples
+
+
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, where: dict[str, epath.Path]) -> None:
+  """Makes M0. `where` has the resolved paths "tokenizer", "base" and "pretrain"."""
+  kind = settings.base.kind
+  if kind == "hf":
+    words = tokenizer.load(where["tokenizer"] or where["base"])
+    model = convert.import_hf(where["base"], mesh, dtype=settings.model.param_dtype)
+    if words.vocab_size > model.config.vocab_size:
+      raise ValueError(
+        f"the tokenizer has {words.vocab_size} tokens, the model's embedding {model.config.vocab_size} rows: "
+        "a tokenizer of another model? Set config.tokenizer to the right one."
+      )
+  else:
+    words = tokenizer.load(where["tokenizer"])
+    model = checkpoint.init_model(_fresh_config(settings, words), mesh, settings.seed)
+  facts: dict[str, object] = {"kind": kind}
+  if kind == "pretrain":
+    rng = np.random.default_rng(settings.seed)
+    examples = _documents(where["pretrain"], words, settings.chat)
+    rng.shuffle(examples)  # type: ignore[arg-type]
+    folder = out.folder / "dataset"
+    rows = batching.pack(examples, settings.model.max_length)
+    if folder.exists():
+      folder.rmtree()
+    dataset.write(folder, rows)
+    tokens = sum(len(example.tokens) for example in examples)
+    section = settings.pretrain
+    steps = section.steps or -(-len(rows) * section.epochs // section.batch)
+    logging.info("base: %d documents, %d tokens in %d rows, %d steps", len(examples), tokens, len(rows), steps)
+    model = train_loop.train(
+      model=model,
+      loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
+      optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
+      batches=dataset.batches(folder, section.batch, settings.seed),
+      mesh=mesh,
+      folder=out.folder,
+      seed=settings.seed,
+      save_every=section.save_every,
+    )
+    facts |= {"documents": len(examples), "tokens": tokens, "steps": steps}
+  elif kind not in ("hf", "random"):
+    raise artifacts.unknown(kind, ["hf", "pretrain", "random"], "base.kind")
+  modelstore.save(out, model, words, facts)

@@ -1,0 +1,57 @@
+"""dpo: M_{t+1} from M_t, over stored reference log-probs: one model in memory (paper §2.4)."""
+
+import functools
+
+from absl import logging
+import jax
+from ml_collections import config_dict
+
+from srlm_jax import (
+  artifacts,
+  config as config_lib,
+  finetune,
+  modelstore,
+  pairing,
+  pairset,
+  records,
+  rollout,
+  train_loop,
+  train_step,
+)
+
+
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Trains the input "parent" on the input "pairs"."""
+  pairs, section = out.inputs["pairs"], settings.dpo
+  words = modelstore.load_tokenizer(out.inputs["parent"])
+  count = pairs.manifest()["facts"]["pairs"]
+  steps = section.steps or -(-count * section.epochs // section.batch)
+  logging.info("%s: %d pairs, %d steps", out.folder, count, steps)
+  model = train_loop.train(
+    model=modelstore.load(out.inputs["parent"], settings, mesh, train=True),
+    loss_fn=functools.partial(train_step.dpo_loss, chunk=settings.model.logits_chunk, beta=section.beta),
+    optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
+    batches=pairset.Batches(pairs.folder / "dataset", section.batch, settings.seed),
+    mesh=mesh,
+    folder=out.folder,
+    seed=settings.seed,
+    save_every=section.save_every,
+  )
+  modelstore.save(out, model, words, {"pairs": count, "steps": steps, "reference": pairs.manifest()["facts"]["reference"]})
+
+
+def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """The compared variant (paper §3.2): SFT of M0 on the seed data and the perfectly scored answers."""
+  groups = pairing.by_prompt(
+    out.inputs["responses"].read_shards("responses", records.Response),
+    out.inputs["judgements"].read_shards("judgements", records.Judgement),
+  )
+  examples = out.inputs["seed"].read("ift.jsonl", records.SFTExample)
+  if "eft" in out.inputs:
+    examples += out.inputs["eft"].read("eft.jsonl", records.SFTExample)
+  best = pairing.perfect(groups, rollout.judging(settings.judge).rubric.high)
+  logging.info("%s: %d answers with the full score are added to %d examples", out.folder, len(best), len(examples))
+  examples += [
+    records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text) for one in best
+  ]
+  finetune.finetune(out, out.inputs["parent"], examples, settings, mesh)

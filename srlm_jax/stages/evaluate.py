@@ -1,0 +1,134 @@
+"""evaluate: both skills of a model on held-out data: following instructions and judging (paper §2.5, §3)."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+from typing import Any
+
+from absl import logging
+import jax
+from ml_collections import config_dict
+
+from srlm_jax import artifacts, grading, metrics, modelstore, records, rollout, sampling, templates, world
+
+
+def _duels(
+  out: artifacts.Artifact, answers: list[records.Response], grader: grading.Grader
+) -> dict[str, dict[str, Any]]:
+  """Head to head against the models of the inputs "against …"."""
+  duels = {}
+  for role, other in sorted(out.inputs.items()):
+    if role.startswith("against "):
+      theirs = list(other.read_shards("answers", records.Response))
+      outcomes, unreadable = grader(grading.align(answers, theirs))
+      duels[role.removeprefix("against ")] = {
+        **dataclasses.asdict(metrics.duel(outcomes)),
+        "unreadable": unreadable,
+      }
+  return duels
+
+
+def _oracle_facts(answers: list[records.Response]) -> dict[str, Any]:
+  """The ground truth's opinion of the answers, grouped by prompt."""
+  groups: dict[str, list[dict[str, Any]]] = {}
+  for one in answers:
+    groups.setdefault(one.prompt_id, []).append(world.oracle_detail(one.prompt, one.text))
+  details = list(groups.values())
+
+  def mean(value: Any) -> dict[str, Any]:
+    return dataclasses.asdict(metrics.mean_with_interval([[float(value(one)) for one in group] for group in details]))
+
+  return {
+    "score": mean(lambda one: one["score"]),
+    "perfect": mean(lambda one: one["score"] == 5),
+    "content": mean(lambda one: one["content"]),
+    "histogram": dataclasses.asdict(metrics.histogram([one["score"] for group in details for one in group], 0, 5)),
+  }
+
+
+def _judge_facts(
+  ranked: Sequence[records.RankedReplies], judgements: Sequence[records.Judgement], judging: rollout.Judging
+) -> dict[str, Any]:
+  """The five reward-model metrics against people's ranks, unreadable votes and the histogram of scores."""
+  by_prompt: dict[str, list[float | None]] = {}
+  for judgement in judgements:
+    by_prompt.setdefault(judgement.prompt_id, []).append(judgement.score)
+  ranks = [[float(reply.rank or 0) for reply in one.replies] for one in ranked]
+  scores = [by_prompt[one.prompt_id] for one in ranked]
+  rubric = judging.rubric
+  estimates = metrics.reward_model_metrics(ranks, scores, top=rubric.high)
+  flat = [judgement.score for judgement in judgements]
+  return {
+    "metrics": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
+    "votes": grading.reasons(judgements),
+    "histogram": dataclasses.asdict(metrics.histogram(flat, rubric.low, rubric.high, 1 / judging.votes)),
+  }
+
+
+def _grader(
+  out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh
+) -> grading.Grader | None:
+  section = settings.evaluate
+  if section.grader == "oracle":
+    return grading.by_oracle
+  if section.grader == "judge":
+    speaker = modelstore.speaker(out.inputs["judge"], settings, mesh)
+    how = sampling.Sampling(**settings.judge.sampling)
+    return functools.partial(
+      grading.by_judge, speaker=speaker, template=templates.load_pairwise(section.pairwise), how=how
+    )
+  if section.grader == "none":
+    return None
+  raise artifacts.unknown(section.grader, ["oracle", "judge", "none"], "evaluate.grader")
+
+
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Writes answers, judgements of held-out replies, and metrics.json. Inputs: "model", "seed", "judge", "against …"."""
+  section, seed = settings.evaluate, out.inputs["seed"]
+  prompts = seed.read("eval_prompts.jsonl", records.Prompt)
+  ranked = seed.read("ranked_heldout.jsonl", records.RankedReplies)
+  speaker = functools.cache(lambda: modelstore.speaker(out.inputs["model"], settings, mesh))
+  judging = rollout.judging(settings.judge)
+  how = sampling.Sampling(**section.sampling)
+
+  def answer(part: Sequence[records.Prompt]) -> list[records.Response]:
+    return rollout.answer(speaker(), part, section.samples, how)
+
+  def judge(part: Sequence[rollout.Candidate]) -> list[records.Judgement]:
+    return rollout.judge(speaker(), part, judging)
+
+  candidates = [
+    rollout.Candidate(one.prompt_id, place, one.prompt, reply.text)
+    for one in ranked
+    for place, reply in enumerate(one.replies)
+  ]
+  artifacts.map_shards(out, "answers", prompts, settings.generation.shard, answer)
+  artifacts.map_shards(out, "judgements", candidates, settings.generation.shard, judge)
+  answers = list(out.read_shards("answers", records.Response))
+  judgements = list(out.read_shards("judgements", records.Judgement))
+  facts: dict[str, Any] = {
+    "answers": len(answers),
+    "cut": sum(not one.finished for one in answers),
+    "characters": dataclasses.asdict(metrics.length_summary([len(one.text) for one in answers])),
+    "tokens": dataclasses.asdict(metrics.length_summary([len(one.tokens) for one in answers])),
+    "judge": _judge_facts(ranked, judgements, judging),
+  }
+  if section.grader == "oracle":
+    facts["oracle"] = _oracle_facts(answers)
+  grader = _grader(out, settings, mesh) if any(role.startswith("against ") for role in out.inputs) else None
+  if grader:
+    facts["duels"] = _duels(out, answers, grader)
+  out.write("metrics.json", json.dumps(facts, indent=1))
+  logging.info("%s: %s", out.folder, _headline(facts))
+  out.commit(facts)
+
+
+def _headline(facts: dict[str, Any]) -> str:
+  parts = [f"judge pairwise {facts['judge']['metrics']['pairwise']['value']}", f"characters {facts['characters']['mean']}"]
+  if "oracle" in facts:
+    parts.insert(0, f"oracle {facts['oracle']['score']['value']:.3f}")
+  for name, duel in facts.get("duels", {}).items():
+    net = duel["net"]
+    parts.append(f"against {name}: win {duel['win']}, tie {duel['tie']}, loss {duel['loss']}, net {net}")
+  return "; ".join(parts)

@@ -1,0 +1,109 @@
+"""prompts: new instructions by 8-shot prompting, behind Self-Instruct's filters (paper §2.3)."""
+
+from collections import Counter
+import functools
+import json
+import random
+
+from absl import logging
+import jax
+from ml_collections import config_dict
+
+from srlm_jax import artifacts, filters, generator, modelstore, records, rollout, sampling, templates
+
+
+def _demonstrations(
+  settings: config_dict.ConfigDict, seeds: list[str], generated: list[str], name: str
+) -> list[str]:
+  """Six seed prompts and two generated ones, shuffled; seeds fill in while there are too few. Always eight."""
+  section, rng = settings.prompts, random.Random(f"{settings.seed} {name}")
+  old = rng.sample(generated, min(section.generated_demonstrations, len(generated)))
+  wanted = section.seed_demonstrations + section.generated_demonstrations - len(old)
+  if wanted > len(seeds):
+    raise ValueError(f"{wanted} demonstrations are wanted of {len(seeds)} seed prompts: lower prompts.seed_demonstrations.")
+  chosen = old + rng.sample(seeds, wanted)
+  rng.shuffle(chosen)
+  return chosen
+
+
+def _propose(
+  speaker: rollout.Speaker, settings: config_dict.ConfigDict, shots: dict[str, list[str]]
+) -> tuple[list[str], Counter[str]]:
+  """The raw tasks of one completion for each few-shot prompt, in their order."""
+  engine = speaker.generator(sampling.Sampling(**settings.prompts.sampling))
+  requests, counts = [], Counter[str]()
+  for name, demonstrations in shots.items():
+    text = templates.few_shot(demonstrations)
+    tokens = speaker.chat(text) if settings.prompts.chat else (speaker.tokenizer.bos_id, *speaker.tokenizer.encode(text))
+    if len(tokens) > engine.max_prompt:
+      counts["few-shot prompt too long"] += 1
+    else:
+      requests.append(generator.Request(name, tokens, 1))
+  by_name = {request.name: completions[0] for request, completions in engine.generate(requests)}
+  tasks: list[str] = []
+  for request in requests:
+    completion = by_name[request.name]
+    found = templates.split_tasks(speaker.tokenizer.decode(completion.tokens), completion.finished)
+    counts["completions"] += 1
+    counts["completions cut by the length limit"] += not completion.finished
+    tasks += found
+  counts["tasks"] = len(tasks)
+  return tasks, counts
+
+
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Writes prompts-round shards until `count` new prompts are there. Inputs: "writer", "seed", "earlier …"."""
+  section = settings.prompts
+  seed = out.inputs["seed"]
+  seeds = [example.prompt for example in seed.read("ift.jsonl", records.SFTExample)]
+  heldout = [prompt.text for prompt in seed.read("eval_prompts.jsonl", records.Prompt)]
+  heldout += [ranked.prompt for ranked in seed.read("ranked_heldout.jsonl", records.RankedReplies)]
+  earlier = [
+    prompt.text
+    for role, artifact in sorted(out.inputs.items())
+    if role.startswith("earlier")
+    for prompt in artifact.read_shards("prompts", records.Prompt)
+  ]
+  novelty = filters.NoveltyFilter(section.max_rouge)
+  novelty.seed([*seeds, *heldout, *earlier])  # What is held out must not come back as a training prompt.
+  speaker = functools.cache(lambda: modelstore.speaker(out.inputs["writer"], settings, mesh))
+  kept: list[str] = []
+  totals: Counter[str] = Counter()
+  rounds = -(-section.max_proposals // section.per_round)
+  for index in range(rounds):
+    if len(kept) >= section.count:
+      break
+    name = f"prompts-{index:05d}-of-{rounds:05d}.jsonl"
+    if out.has(name) and out.has(f"counts-{index:05d}.json"):
+      fresh = [prompt.text for prompt in out.read(name, records.Prompt)]
+      counts = Counter(json.loads(out.read_text(f"counts-{index:05d}.json")))
+      for text in fresh:
+        novelty.add(text)
+    else:
+      pool = [*earlier, *kept]
+      shots = {
+        f"{out.name} prompt {number}": _demonstrations(settings, seeds, pool, f"{out.name} {number}")
+        for number in range(index * section.per_round, min((index + 1) * section.per_round, section.max_proposals))
+      }
+      tasks, counts = _propose(speaker(), settings, shots)
+      fresh, dropped = filters.keep_new(tasks, novelty)
+      surplus = max(len(kept) + len(fresh) - section.count, 0)
+      fresh = fresh[: len(fresh) - surplus]
+      counts.update({f"dropped: {reason}": number for reason, number in dropped.items()})
+      counts["dropped: more than prompts.count"] += surplus
+      items = [
+        records.Prompt(id=f"{out.folder.parent.name}-{len(kept) + place:06d}", text=text, source=section.writer)
+        for place, text in enumerate(fresh)
+      ]
+      out.write(f"counts-{index:05d}.json", json.dumps(counts))
+      out.write_records(name, items)
+    kept += fresh
+    totals.update(counts)
+    logging.info("%s: %d of %d prompts after %d completions", out.folder, len(kept), section.count, totals["completions"])
+  for reason, number in sorted(totals.items()):
+    logging.info("%s: %s: %d", out.folder, reason, number)
+  if not kept:
+    raise ValueError(f"{out.folder}: no new prompt passed the filters, see the counts above; change prompts.* or the writer.")
+  if len(kept) < section.count:
+    logging.warning("%s: only %d of %d prompts: prompts.max_proposals is used up", out.folder, len(kept), section.count)
+  out.commit({"counts": dict(totals), "prompts": len(kept)})

@@ -1,0 +1,47 @@
+"""seed: IFT, ranked replies for EFT, and evaluation prompts from Open Assistant trees (paper §3.1.1)."""
+
+from absl import logging
+from etils import epath
+from ml_collections import config_dict
+
+from srlm_jax import artifacts, eft, oasst, records
+
+
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[str, epath.Path]) -> None:
+  """Reads `where["trees"]` (and "heldout_trees", "eval_prompts" where given) and writes the divided seed data."""
+  data = settings.data
+  trees, read_counts = oasst.read_trees(where["trees"])
+  heldout = oasst.read_trees(where["heldout_trees"])[0] if where["heldout_trees"] else None
+  split = oasst.split(
+    trees,
+    ift_examples=data.ift_examples,
+    eft_fraction=data.eft_fraction if settings.eft.enabled or not heldout else 0.0,
+    heldout_fraction=data.heldout_fraction,
+    eval_prompts=data.eval_prompts_count,
+    overlap=data.overlap,
+    seed=settings.seed,
+    heldout_trees=heldout,
+  )
+  prompts = split.eval_prompts
+  if where["eval_prompts"]:
+    prompts = tuple(records.read(where["eval_prompts"], records.Prompt))[: data.eval_prompts_count]
+  heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
+  eft.no_overlap([ranked.prompt for ranked in split.ranked_train], heldout_texts)
+  if not data.overlap:
+    eft.no_overlap([example.prompt for example in split.ift], heldout_texts)
+  counts = {**read_counts, **split.counts}
+  for reason, count in sorted(counts.items()):
+    logging.info("seed: %s: %d", reason, count)
+  out.write_records("ift.jsonl", split.ift)
+  out.write_records("ranked_train.jsonl", split.ranked_train)
+  out.write_records("ranked_heldout.jsonl", split.ranked_heldout)
+  out.write_records("eval_prompts.jsonl", prompts)
+  out.commit(
+    {
+      "counts": counts,
+      "ift": len(split.ift),
+      "ranked_train": len(split.ranked_train),
+      "ranked_heldout": len(split.ranked_heldout),
+      "eval_prompts": len(prompts),
+    }
+  )

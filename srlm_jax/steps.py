@@ -1,0 +1,166 @@
+"""The order of the stages: which artifacts a configuration makes, from what, and by which stage."""
+
+from collections.abc import Callable, Mapping
+import copy
+import dataclasses
+import functools
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import config_dict
+
+from srlm_jax import artifacts
+from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
+
+STAGES = {
+  "world": "the embedded world's files (configs/tiny.py alone)",
+  "base": "M0: imported, pretrained or random weights",
+  "seed": "IFT, ranked replies and evaluation prompts from Open Assistant trees",
+  "sft": "the SFT baseline (M0 on IFT) and M1 (M0 on IFT and EFT)",
+  "eft": "judgements written by the baseline, accepted by people's ranks",
+  "prompts": "new instructions by 8-shot prompting",
+  "responses": "N answers of M_t to each new instruction",
+  "judge": "M_t's votes on each answer",
+  "pairs": "best against worst answer, with the reference's log-probs",
+  "dpo": "M_{t+1} by DPO of M_t on the pairs",
+  "evaluate": "both skills of a model on held-out data",
+  "report": "one page with everything",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One artifact to make: its folder below the work directory, its stage, its inputs (role → folder), its function."""
+
+  folder: str
+  stage: str
+  config: dict[str, Any]
+  inputs: dict[str, str]
+  run: Callable[..., None]
+
+
+def subset(settings: config_dict.ConfigDict, keys: tuple[str, ...]) -> dict[str, Any]:
+  """The named parts of the configuration ("judge", "generation.shard"), flat: what an artifact's content depends on."""
+  chosen: dict[str, Any] = {"seed": settings.seed}
+  for key in keys:
+    value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
+    chosen[key] = value.to_dict() if isinstance(value, config_dict.ConfigDict) else value
+  return artifacts.flatten(chosen)
+
+
+def resolve(value: str, workdir: epath.Path) -> epath.Path | None:
+  """A configured path; one that begins with "world/" lies in the work directory; None where it is empty."""
+  if not value:
+    return None
+  return workdir / value if value.startswith("world/") else epath.Path(value).expanduser()
+
+
+class _Plan:
+  """Collects the steps of a run; each method adds those of one part of the paper."""
+
+  def __init__(self, settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
+    self.settings, self.mesh, self.workdir = settings, mesh, workdir
+    self.steps: list[Step] = []
+    self.world = {"world": "world"} if settings.world.enabled else {}
+    names = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")
+    self.where = {name: resolve(settings.data[name], workdir) for name in names}
+
+  def add(self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]) -> None:
+    self.steps.append(Step(folder, stage, subset(self.settings, keys), dict(inputs), run))
+
+  def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
+    return functools.partial(run, settings=settings or self.settings, mesh=self.mesh)
+
+  def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:
+    tokenizer, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)
+    run = functools.partial(
+      self.call(base.run, settings), where={"tokenizer": tokenizer, "base": path, "pretrain": self.where["pretrain"]}
+    )
+    keys = ("base", "tokenizer", "chat", "model", "pretrain")
+    self.steps.append(Step(folder, "base", subset(settings, keys), dict(self.world), run))
+
+  def seed_models(self) -> None:
+    """M0, the seed data, the SFT baseline, EFT and M1 (paper §2.2)."""
+    c, keys = self.settings, ("sft", "chat", "model")
+    if c.world.enabled:
+      self.add("world", "world", ("world",), {}, functools.partial(world.run, settings=c))
+    self.base_model("m0", c)
+    self.add("seed", "seed", ("data",), self.world, functools.partial(seed.run, settings=c, where=self.where))
+    self.add("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, self.call(sft.run))
+    self.evaluation("baseline", [])
+    inputs = {"parent": "m0", "seed": "seed"}
+    if c.eft.enabled:
+      sources = {"seed": "seed", **({"baseline": "baseline"} if c.eft.writer == "baseline" else self.world)}
+      run = functools.partial(self.call(eft.run), where=self.where)
+      self.add("eft", "eft", ("eft", "judge", "chat", "data.judgements", "generation.shard"), sources, run)
+      inputs["eft"] = "eft"
+    self.add("m1", "sft", keys, inputs, self.call(sft.run))
+    self.evaluation("m1", ["baseline"])
+
+  def iteration(self, index: int) -> None:
+    """AIFT(M_t) and from it M_{t+1}, index = t + 1 (paper §2.3–2.4)."""
+    c, parent, aift = self.settings, f"m{index - 1}", f"aift{index - 1}"
+    names = {part: f"{aift}/{part}" for part in ("prompts", "responses", "judgements", "pairs")}
+    sharded = ("chat", "generation.shard")
+    earlier = {f"earlier {t}": f"aift{t}/prompts" for t in range(1, index - 1)}
+    writer = self.writer(parent)
+    self.add(names["prompts"], "prompts", ("prompts", "chat"), {"writer": writer, "seed": "seed", **earlier}, self.call(prompts.run))
+    inputs = {"model": parent, "prompts": names["prompts"]}
+    self.add(names["responses"], "responses", ("responses", *sharded), inputs, self.call(responses.run))
+    inputs = {"model": parent, "responses": names["responses"]}
+    self.add(names["judgements"], "judge", ("judge", *sharded), inputs, self.call(judge.run))
+    scored = {"responses": names["responses"], "judgements": names["judgements"]}
+    if c.dpo.method == "positive_only":
+      eft_input = {"eft": "eft"} if c.eft.enabled else {}
+      inputs = {"parent": "m0", "seed": "seed", **eft_input, **scored}
+      self.add(f"m{index}", "dpo", ("sft", "dpo.method", "judge.rubric", "chat", "model"), inputs, self.call(dpo.run_positive_only))
+      return
+    references = {"previous": parent, "baseline": "baseline"}
+    if c.dpo.reference not in references:
+      raise artifacts.unknown(c.dpo.reference, list(references), "dpo.reference")
+    inputs = {"reference": references[c.dpo.reference], **scored}
+    self.add(names["pairs"], "pairs", ("pairs", "dpo.batch", "chat", "model"), inputs, self.call(pairs.run))
+    self.add(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, self.call(dpo.run))
+
+  def writer(self, parent: str) -> str:
+    """The folder of the model that writes new prompts; a fixed one from outside gets its own step, once."""
+    c = self.settings
+    folders = {"fixed": "writer", "m0": "m0", "parent": parent}
+    if c.prompts.writer not in folders:
+      raise artifacts.unknown(c.prompts.writer, list(folders), "prompts.writer")
+    if c.prompts.writer == "fixed" and all(step.folder != "writer" for step in self.steps):
+      outside = copy.deepcopy(c)
+      with outside.unlocked():
+        outside.base.kind, outside.base.path, outside.tokenizer = "hf", c.prompts.path, ""
+      self.base_model("writer", outside)
+    return folders[c.prompts.writer]
+
+  def evaluation(self, name: str, others: list[str]) -> None:
+    """Measures a model, against others that were measured before."""
+    c = self.settings
+    inputs = {"model": name, "seed": "seed", **{f"against {other}": f"eval/{other}" for other in others}}
+    if others and c.evaluate.grader == "judge":
+      inputs["judge"] = c.evaluate.judge
+    self.add(f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run))
+
+
+def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
+  """All steps of a run, in their order; the last one is the report."""
+  made = _Plan(settings, workdir, mesh)
+  made.seed_models()
+  last = max(settings.models)
+  for index in range(2, last + 1):
+    made.iteration(index)
+    made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "baseline"])))
+  inputs = {step.folder: step.folder for step in made.steps}
+  run = functools.partial(report.run, settings=settings, steps=made.steps)
+  made.add("report", "report", (), inputs, run)
+  return made.steps
+
+
+def artifact(step: Step, steps: list[Step], workdir: epath.Path) -> artifacts.Artifact:
+  """The artifact of a step, with those that it is made from."""
+  by_folder = {other.folder: other for other in steps}
+  inputs = {role: artifact(by_folder[folder], steps, workdir) for role, folder in step.inputs.items()}
+  return artifacts.Artifact(workdir / step.folder, step.config, inputs)

@@ -1,0 +1,198 @@
+"""Prompt texts and what is read back from a model's answer to them: judging, comparing, and writing new tasks.
+
+The wording lies in `rubrics/*.txt`, and a user may name a file of their own instead. A template file is plain text with
+placeholders in braces; `# range: LOW HIGH` as its first line (left out of the prompt) gives the scores that a judge may
+award, 0 to 5 without it. All else, other braces included, stays as written.
+
+Text that goes into a placeholder is not ours: a person or a model wrote it, perhaps in order to end the response early
+and put in a verdict. So `neutralise` turns the brackets of any delimiter in it into round ones, `</response>` into
+`(/response)`: visible, of the same length, and no delimiter any more. And only what the judge writes *after* the prompt is
+ever parsed: a `Score: 5` inside a response counts for nothing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+import unicodedata
+
+from etils import epath
+
+RUBRICS = epath.resource_path("srlm_jax") / "rubrics"
+
+# Blanks inside a delimiter and its case do not matter: a model reads `< / Response >` as one, too.
+_RESPONSE = re.compile(r"<\s*(?:/\s*)?response\s*>", re.IGNORECASE)
+_CHAT = re.compile(r"\[\s*(?:/\s*)?inst\s*\]|<\s*<\s*(?:/\s*)?sys\s*>\s*>", re.IGNORECASE)
+_ROUND = str.maketrans("<>[]", "()()")
+
+_HEADER = re.compile(r"#\s*range\s*:(.*)", re.IGNORECASE)
+# A score's line, behind markdown's marks; then what stands after the colon, without the marks around it.
+_SCORE_LINE = re.compile(r"[\s*_#>`-]*score[\s*_`]*:[\s*_`]*(.*)", re.IGNORECASE)
+_NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
+_SCORE = re.compile(
+    rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
+)
+_VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_NUMBERED = re.compile(r"^[ \t]*[0-9]{1,3}[.)](?:[ \t]+|$)", re.MULTILINE)
+
+
+def _without_disguise(text: str) -> str:
+  """The text with full-width and other compatibility characters made plain, and invisible ones removed."""
+  plain = unicodedata.normalize("NFKC", text)
+  return "".join(character for character in plain if unicodedata.category(character) != "Cf")
+
+
+def _neutralise(text: str, delimiter: re.Pattern[str]) -> str:
+  """Makes the brackets of every match round; a text with a disguised match is made plain first, others stay as is."""
+  if not text.isascii():
+    plain = _without_disguise(text)
+    if len(delimiter.findall(plain)) != len(delimiter.findall(text)):
+      text = plain
+  return delimiter.sub(lambda match: match[0].translate(_ROUND), text)
+
+
+def neutralise_chat(text: str) -> str:
+  """Untrusted text in which `[INST]`, `[/INST]`, `<<SYS>>` and `<</SYS>>` have round brackets."""
+  return _neutralise(text, _CHAT)
+
+
+def neutralise(text: str) -> str:
+  """Untrusted text in which the chat's and the judge's delimiters (`<response>`, `</response>`) have round brackets."""
+  return _neutralise(neutralise_chat(text), _RESPONSE)
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+  """Puts the neutralised values into their placeholders in one pass: a placeholder inside a value stays as it is."""
+  pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
+  return re.sub(pattern, lambda match: neutralise(values[match[0][1:-1]]), text)
+
+
+def _range(header: str, path: epath.Path) -> tuple[float, float]:
+  """The two numbers of a `# range:` line."""
+  try:
+    low, high = map(float, header.split())
+  except ValueError:
+    low, high = 0.0, 0.0
+  if not low < high:
+    raise ValueError(f"{path}: the range is {header.strip()!r}, it must be two rising numbers. Write '# range: 0 5'.")
+  return low, high
+
+
+@functools.cache
+def _load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, float, float, str]:
+  """Text without its header, low, high and digest of a template; ValueError where a placeholder is missing."""
+  path = epath.Path(name_or_path)
+  if "/" not in name_or_path and not name_or_path.endswith(".txt"):
+    path = RUBRICS / f"{name_or_path}.txt"
+  if not path.exists():
+    known = ", ".join(sorted(file.stem for file in RUBRICS.glob("*.txt")))
+    raise ValueError(f"no template {name_or_path!r}: name one of {known}, or the path of your own .txt file.")
+  source = path.read_text()
+  first, _, rest = source.partition("\n")
+  header = _HEADER.fullmatch(first.strip())
+  low, high = _range(header[1], path) if header else (0.0, 5.0)
+  text = (rest if header else source).strip()
+  missing = [f"{{{name}}}" for name in names if f"{{{name}}}" not in text]
+  if missing:
+    raise ValueError(f"{path} lacks {' and '.join(missing)}: write it where the text belongs.")
+  return text, low, high, hashlib.sha256(source.encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rubric:
+  """A judge prompt (paper §2.2, figure 2).
+
+  Attributes:
+    text: with the placeholders `{instruction}` and `{response}`.
+    low, high: the scores that may be awarded, both included.
+    digest: sha256 of the file, hexadecimal.
+  """
+
+  text: str
+  low: float
+  high: float
+  digest: str
+
+  def fill(self, instruction: str, response: str) -> str:
+    """The prompt that asks for a judgement of this response."""
+    return _fill(self.text, {"instruction": instruction, "response": response})
+
+
+def load_rubric(name_or_path: str) -> Rubric:
+  """The rubric of that name in `rubrics/`, or in a user's file (a path has a "/" or ends in .txt).
+
+  Raises:
+    ValueError: there is no such file, it lacks a placeholder, or its range cannot be read.
+  """
+  return Rubric(*_load(str(name_or_path), ("instruction", "response")))
+
+
+def parse_score(continuation: str, low: float, high: float) -> tuple[float | None, str]:
+  """The score that a judge's continuation ends in: the last line of the form `Score: <number>`.
+
+  The line may be in any case, in markdown, and go on with "/5", "out of 5" or "points". Lines like `Score: <total points>`
+  hold no digit and are passed over; a last score line with anything else beside its number ("4 or 5") is not read, nor is
+  an earlier one in its place. Time is linear in the length.
+
+  Args:
+    continuation: what the model wrote after the prompt, never the prompt.
+    low, high: the rubric's range, both included.
+
+  Returns:
+    The score and "", or None and the reason, "no_score" or "out_of_range" (or out of another number than `high`).
+  """
+  for line in reversed(continuation.split("\n")):
+    found = _SCORE_LINE.match(line)
+    if not found or not any(character.isdigit() for character in found[1]):
+      continue
+    score = _SCORE.fullmatch(found[1].rstrip(" \t\r*_`"))
+    if not score:
+      return None, "no_score"
+    value = float(score[1])
+    inside = low <= value <= high and (score[2] is None or float(score[2]) == high)
+    return (value, "") if inside else (None, "out_of_range")
+  return None, "no_score"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairwise:
+  """A prompt that asks which of two responses is better (paper §3.2): placeholders as in `fill`, digest as above."""
+
+  text: str
+  digest: str
+
+  def fill(self, instruction: str, response_a: str, response_b: str) -> str:
+    """The prompt that compares the two; callers show both orders."""
+    return _fill(self.text, {"instruction": instruction, "response_a": response_a, "response_b": response_b})
+
+
+def load_pairwise(name_or_path: str) -> Pairwise:
+  """A comparing template, found and refused as by `load_rubric`."""
+  text, _, _, digest = _load(str(name_or_path), ("instruction", "response_a", "response_b"))
+  return Pairwise(text, digest)
+
+
+def parse_verdict(continuation: str) -> str | None:
+  """The last `[[A]]`, `[[B]]` or `[[C]]` of a comparison as "A", "B" or "tie"; None where there is none."""
+  found = _VERDICT.findall(continuation)
+  return {"A": "A", "B": "B", "C": "tie"}[found[-1]] if found else None
+
+
+def few_shot(demonstrations: list[str]) -> str:
+  """The prompt for new tasks (paper §2.3, Self-Instruct): a headline and the numbered tasks, left open at the next one.
+
+  A task of several lines goes on one. No space ends the prompt, as tokenizers put it before the word that follows.
+  """
+  text, *_ = _load("self_instruct", ("tasks",))
+  numbered = [f"{number}. {' '.join(task.split())}" for number, task in enumerate(demonstrations, 1)]
+  return _fill(text, {"tasks": "\n".join([*numbered, f"{len(demonstrations) + 1}."])})
+
+
+def split_tasks(completion: str, finished: bool) -> list[str]:
+  """The raw tasks of a completion of `few_shot`: the open one, then those of its further numbered lines.
+
+  Without `finished` the length limit cut the completion, and its last task is left out. Empty ones are left out, too;
+  what makes a task a good one is asked in `filters`.
+  """
+  tasks = _NUMBERED.split(completion)
+  return [task.strip() for task in (tasks if finished else tasks[:-1]) if task.strip()]

@@ -1,0 +1,232 @@
+"""One tokenizer over SentencePiece and Hugging Face files: text to token ids and back, safely and always the same.
+
+Special ids (begin, end, roles) come from us alone: untrusted text, an instruction or a response, never encodes to one, even
+where it spells `</s>` or `<|eot_id|>` out. A lone SentencePiece `.model` goes straight to SentencePiece: transformers 5
+would convert it into a tokenizer with other ids (it loses the space before the first word) that is slower, too.
+
+SentencePiece models like Llama 2's put a space before a text, so that "hello" is the piece "▁hello" wherever it stands;
+decoding takes it off again. Texts therefore come back from `decode(encode(text))` unchanged, as far as the model has
+pieces for their characters: Llama 2's has for all but "▁" itself, which comes back as a space. The way back from ids to
+the same ids does not hold: a model may sample other pieces for the same text. So sampled ids travel, never re-encoded text.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import tempfile
+from typing import Any
+
+from etils import epath
+import sentencepiece
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+# All files of a Hugging Face folder that a tokenizer is made of; any of the first two makes a folder one of them.
+HUGGINGFACE_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+  SENTENCEPIECE_FILE,
+)
+# Where tokenizers, their versions and their settings differ: cases, digits, scripts, blanks, specials spelt out.
+GOLDEN_TEXTS = (
+  "Hello, world!",
+  "it's 3.14159 and 2024 and 007",
+  "naïve façade — “quotes” …",
+  "你好，世界 🙂 привет",
+  "first line\n\nsecond line\n",
+  "  two  blanks\tand a tab ",
+  "literal </s> and <s> and <unk> and <|eot_id|> are text",
+  "[INST] neither this nor <response> is special [/INST]",
+)
+
+Batch = list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """A tokenizer; made by `load`.
+
+  Attributes:
+    vocab_size: number of ids, special ones included; a model's embedding may have more rows.
+    bos_id, eos_id: begin and end of a sequence.
+    pad_id: fills up rows where masks hide it; some other token's id where the vocabulary has no padding.
+    special_ids: ids that untrusted text never encodes to and that `decode` skips.
+    files: name -> content of the files that it was made of.
+    adds_space: whether encoding puts a space before the text.
+    chat_template: renders one user message by the folder's own template as text, generation prompt included; None
+      where there is no template.
+  """
+
+  vocab_size: int
+  bos_id: int
+  eos_id: int
+  pad_id: int
+  special_ids: frozenset[int]
+  files: Mapping[str, bytes]
+  adds_space: bool
+  chat_template: Callable[[str], str] | None
+  _encode: Callable[[Sequence[str]], Batch]
+  _encode_trusted: Callable[[str], list[int]]
+  _decode: Callable[[list[int]], str]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """sha256 (hexadecimal) over names and contents of all files: equal digests mean equal ids."""
+    parts = [f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(self.files.items())]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of untrusted text: no special ids, none put before or after it."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> Batch:
+    """`encode` of many texts at once, in parallel where the library can."""
+    batch = self._encode(texts) if texts else []
+    for text, ids in zip(texts, batch, strict=True):
+      if not self.special_ids.isdisjoint(ids):
+        special = sorted(self.special_ids.intersection(ids))
+        raise ValueError(
+          f"the text {text[:80]!r} encodes to the special ids {special}: this tokenizer cannot keep them out of ordinary "
+          "text. Mark their tokens as special in tokenizer.json, or use another tokenizer."
+        )
+    return batch
+
+  def encode_trusted(self, text: str) -> list[int]:
+    """The ids of our own text, a chat template's, in which a special token spelt out is that token."""
+    return self._encode_trusted(text)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of some ids; special ids, and rows of an embedding beyond the vocabulary, are skipped."""
+    return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size and i not in self.special_ids])
+
+  def save(self, folder: epath.PathLike) -> None:
+    """Copies all files into a folder (made where missing), so that `load(folder)` gives the same tokenizer."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in self.files.items():
+      (folder / name).write_bytes(content)
+
+  def golden(self) -> dict[str, Any]:
+    """What `verify` compares later: sizes, special ids and the encodings of fixed texts, as JSON can hold them."""
+    encodings = dict(zip(GOLDEN_TEXTS, self.encode_batch(GOLDEN_TEXTS), strict=True))
+    return {"vocab_size": self.vocab_size, "bos_id": self.bos_id, "eos_id": self.eos_id, "encodings": encodings}
+
+
+def verify(tokenizer: Tokenizer, golden: Mapping[str, Any]) -> None:
+  """ValueError where a tokenizer does not encode as it did when `golden` was taken: another file or library version."""
+  now = tokenizer.golden()
+  for name in ("vocab_size", "bos_id", "eos_id"):
+    if now[name] != golden[name]:
+      raise ValueError(f"the tokenizer's {name} is {now[name]}, it was {golden[name]}: bring its own files back.")
+  for text, ids in golden["encodings"].items():
+    if (found := tokenizer.encode(text)) != list(ids):
+      raise ValueError(
+        f"the tokenizer encodes {text!r} as {found}, it was {list(ids)} when the model was made: bring its files back, or "
+        "the versions of sentencepiece and transformers that it was made with."
+      )
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+  """The tokenizer of a SentencePiece `.model` file, or of a folder that holds one or a Hugging Face tokenizer.
+
+  Raises:
+    ValueError: there is no tokenizer at the path, or it cannot be used here.
+  """
+  path = epath.Path(path)
+  if path.is_file():
+    if path.suffix != ".model":
+      raise ValueError(f"{path} is no SentencePiece model (.model): name one, or the folder of a Hugging Face tokenizer.")
+    return _sentencepiece(path.read_bytes(), path)
+  files = {name: (path / name).read_bytes() for name in HUGGINGFACE_FILES if (path / name).exists()}
+  if not files.keys().isdisjoint(HUGGINGFACE_FILES[:2]):
+    return _huggingface(files, path)
+  if SENTENCEPIECE_FILE not in files:
+    raise ValueError(f"no tokenizer at {path}: neither {SENTENCEPIECE_FILE} nor {HUGGINGFACE_FILES[0]} is there.")
+  return _sentencepiece(files[SENTENCEPIECE_FILE], path)
+
+
+def _check_ends(bos_id: int | None, eos_id: int | None, path: epath.Path) -> None:
+  """ValueError where a tokenizer lacks a begin or an end token."""
+  for name, value in (("begin (bos)", bos_id), ("end (eos)", eos_id)):
+    if value is None or value < 0:
+      raise ValueError(f"the tokenizer at {path} has no {name} token: every sequence here needs one. Use another one.")
+
+
+def _sentencepiece(content: bytes, path: epath.Path) -> Tokenizer:
+  """A tokenizer of a SentencePiece model; its control symbols are never matched in text, whatever the text spells."""
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_proto=content)
+  except RuntimeError as error:
+    raise ValueError(f"{path} is no SentencePiece model, or a broken one: fetch it again.") from error
+  size = model.vocab_size()
+  _check_ends(model.bos_id(), model.eos_id(), path)
+  return Tokenizer(
+    vocab_size=size,
+    bos_id=model.bos_id(),
+    eos_id=model.eos_id(),
+    pad_id=model.pad_id() if model.pad_id() >= 0 else max(model.unk_id(), 0),
+    special_ids=frozenset(i for i in range(size) if model.is_control(i)),
+    files={SENTENCEPIECE_FILE: content},
+    adds_space=model.encode("a", out_type=str)[0].startswith("▁"),
+    chat_template=None,
+    _encode=lambda texts: model.encode(list(texts)),
+    _encode_trusted=lambda text: model.encode(text),
+    _decode=model.decode,
+  )
+
+
+def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
+  """A fast tokenizer of transformers from the files of a folder."""
+  from transformers import AutoTokenizer  # Here, as its import takes seconds that SentencePiece users need not wait.
+
+  with tempfile.TemporaryDirectory() as folder:  # The folder may be remote, and nothing else in it shall matter.
+    for name, content in files.items():
+      (epath.Path(folder) / name).write_bytes(content)
+    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+  _check_huggingface(words, files, path)
+  special = {i for i, token in words.added_tokens_decoder.items() if token.special} | set(words.all_special_ids)
+  if words.unk_token_id not in (words.bos_token_id, words.eos_token_id):
+    special.discard(words.unk_token_id)  # What unknown characters become is not for us to hide.
+  fill = (words.pad_token_id, words.unk_token_id, words.eos_token_id)
+
+  def encode(texts: Sequence[str]) -> Batch:
+    return words(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+  def render(message: str) -> str:
+    return words.apply_chat_template(
+      [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+
+  return Tokenizer(
+    vocab_size=len(words),
+    bos_id=words.bos_token_id,
+    eos_id=words.eos_token_id,
+    pad_id=next(i for i in fill if i is not None),
+    special_ids=frozenset(special),
+    files=files,
+    adds_space=words.convert_ids_to_tokens(encode(["a"])[0])[0].startswith("▁"),
+    chat_template=render if words.chat_template else None,
+    _encode=encode,
+    _encode_trusted=lambda text: words(text, add_special_tokens=False, split_special_tokens=False)["input_ids"],
+    _decode=lambda ids: words.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+  )
+
+
+def _check_huggingface(words: Any, files: Mapping[str, bytes], path: epath.Path) -> None:
+  """ValueError where transformers made something else of a folder than what its model was trained with."""
+  if not words.is_fast:
+    raise ValueError(f"{path} has no fast tokenizer: write its tokenizer.json with transformers first.")
+  _check_ends(words.bos_token_id, words.eos_token_id, path)
+  if SENTENCEPIECE_FILE in files:
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=files[SENTENCEPIECE_FILE]).vocab_size()
+    if len(words) < pieces:  # Older and newer class names in tokenizer_config.json can yield an empty tokenizer.
+      raise ValueError(
+        f"transformers reads {len(words)} tokens of the {pieces} in {path / SENTENCEPIECE_FILE}: add the folder's "
+        f"tokenizer.json, or keep {SENTENCEPIECE_FILE} alone, without tokenizer_config.json."
+      )

@@ -1,0 +1,108 @@
+"""The loop around a train step: batches in, metrics and checkpoints out, resumed where it stopped."""
+
+from collections.abc import Callable, Sequence
+import functools
+import json
+import time
+
+from absl import logging
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from srlm_jax import checkpoint, llama, mesh as mesh_lib, train_step
+
+
+def abstract_state(
+  model: llama.Llama, optimizer: train_step.OptimizerConfig, mesh: jax.sharding.Mesh
+) -> train_step.TrainState:
+  """Shapes and shardings of the train state."""
+  transform = train_step.optimizer(optimizer)
+  return checkpoint.with_shardings(jax.eval_shape(functools.partial(train_step.init, transform=transform), model), mesh)
+
+
+def _kept_lines(path: epath.Path, steps: int) -> str:
+  """The metrics of the steps that the restored state has done; later ones will be written again."""
+  if not path.exists():
+    return ""
+  return "".join(f"{line}\n" for line in path.read_text().splitlines() if json.loads(line)["step"] <= steps)
+
+
+def train(
+  *,
+  model: llama.Llama,
+  loss_fn: train_step.LossFn,
+  optimizer: train_step.OptimizerConfig,
+  batches: Sequence[dict[str, np.ndarray]],
+  mesh: jax.sharding.Mesh,
+  folder: epath.Path,
+  seed: int,
+  save_every: int,
+) -> llama.Llama:
+  """Trains for `optimizer.steps` steps and returns the model.
+
+  Args:
+    model: where training starts; its buffers are donated, so the caller must not use it afterwards.
+    loss_fn: (model, batch, dropout key) → (loss, metrics).
+    optimizer: learning rates and steps.
+    batches: item k is the batch of step k, arrays whose first axis is divided over the devices.
+    mesh: the devices.
+    folder: gets `states/` and `metrics.jsonl` (one line a step: loss, gradient norm, …).
+    seed: of dropout.
+    save_every: steps between two saved states.
+  """
+  transform = train_step.optimizer(optimizer)
+  abstract = abstract_state(model, optimizer, mesh)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  folder.mkdir(parents=True, exist_ok=True)
+  store = checkpoint.StateStore(folder / "states")
+  found = store.restore(abstract)
+  if found:
+    first, state = found
+    logging.info("%s: goes on from step %d of %d", folder, first, optimizer.steps)
+  else:
+    init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
+    first, state = 0, init(model)
+  step_fn = jax.jit(
+    functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
+  rates = train_step.schedule(optimizer)
+  path = folder / "metrics.jsonl"
+  kept = _kept_lines(path, first)
+  with path.open("w") as log:
+    log.write(kept)
+    pending: tuple[int, train_step.Metrics] | None = None
+    said = started = time.monotonic()
+    for index in range(first, optimizer.steps):
+      batch = jax.device_put(batches[index], rows)
+      state, metrics = step_fn(state, batch, jnp.uint32(seed))
+      if pending:  # One step late, so that the device never waits for the host.
+        said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
+      pending = index + 1, metrics
+      if (index + 1) % save_every == 0 and index + 1 < optimizer.steps:
+        log.flush()
+        store.save(index + 1, state)
+    if pending:
+      _report(log, folder, pending, optimizer.steps, first, rates, started, 0.0)
+  store.close()
+  return state.model
+
+
+def _report(log, folder, pending, steps, first, rates, started, said) -> float:
+  step, metrics = pending
+  values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  if not np.isfinite(values["loss"]):
+    raise FloatingPointError(f"{folder}: the loss of step {step} is {values['loss']}: lower the learning rate, check the data.")
+  log.write(json.dumps({"step": step, "lr": float(rates(step - 1)), **values}) + "\n")
+  now = time.monotonic()
+  if step in (1, steps) or now - said > 10:
+    rate = (step - first) / (now - started)
+    logging.info("%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left", folder, step, steps, values["loss"], rate, (steps - step) / rate)
+    return now
+  return said
+
+

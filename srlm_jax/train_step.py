@@ -1,0 +1,111 @@
+"""The train steps: pure functions from a state and a batch to the next state and metrics."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from srlm_jax import llama, logprobs, losses
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a learning rate that rises linearly over `warmup` steps and then decays to `end_lr` over the rest.
+
+  The paper states rates and end rates, cosine for SFT and a decay of unstated shape for DPO; optimizer, warm-up, weight
+  decay and clipping are unstated: these are our choices.
+  """
+
+  lr: float
+  end_lr: float
+  steps: int
+  decay: str = "cosine"  # or "linear"
+  warmup: int = 0
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip: float = 1.0  # Global gradient norm; 0 for none.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  """What a step carries: the model (a pytree), the optimizer's state, and the number of steps done (int32 scalar)."""
+
+  model: llama.Llama
+  opt_state: Any
+  step: jax.Array
+
+
+def schedule(config: OptimizerConfig) -> optax.Schedule:
+  """The learning rate as a function of the step."""
+  decay_steps = max(config.steps - config.warmup, 1)
+  if config.decay == "cosine":
+    decay = optax.cosine_decay_schedule(config.lr, decay_steps, alpha=config.end_lr / config.lr)
+  elif config.decay == "linear":
+    decay = optax.linear_schedule(config.lr, config.end_lr, decay_steps)
+  else:
+    raise ValueError(f"decay={config.decay!r}: must be 'cosine' or 'linear'.")
+  if not config.warmup:
+    return decay
+  rise = optax.linear_schedule(config.lr / config.warmup, config.lr, config.warmup)
+  return optax.join_schedules([rise, decay], [config.warmup])
+
+
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clipping by global norm, then AdamW with decay on matrices alone (not on norms)."""
+
+  def matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 2, tree)  # Stacked norms are [L, D]; embeddings stay undecayed too.
+
+  adamw = optax.adamw(
+    schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=matrices
+  )
+  return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+
+
+def init(model: llama.Llama, transform: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(model, transform.init(model), jnp.zeros((), jnp.int32))
+
+
+def sft_loss(model: llama.Llama, batch: Batch, key: jax.Array | None, chunk: int) -> tuple[jax.Array, Metrics]:
+  """Next-token loss on the targets of `batch` (tokens, segments, positions, targets: [B, T])."""
+  hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], dropout_key=key)
+  per_token_BT = logprobs.next_token_logprobs(model, hidden_BTD, batch["tokens"], chunk)
+  return losses.sft(per_token_BT, logprobs.target_mask(batch["targets"], batch["segments"]))
+
+
+def dpo_loss(
+  model: llama.Llama, batch: Batch, key: jax.Array | None, chunk: int, beta: float
+) -> tuple[jax.Array, Metrics]:
+  """DPO over stored reference log-probs.
+
+  `batch` holds tokens, segments, positions, targets of shape [2B, T], the B chosen rows first and then the B rejected
+  ones in the same order, and reference_chosen, reference_rejected of shape [B]. One pass of one model does it all.
+  """
+  both = logprobs.sequence_logprobs(model, batch, chunk, key)
+  chosen_B, rejected_B = jnp.split(both, 2)
+  return losses.dpo(chosen_B, rejected_B, batch["reference_chosen"], batch["reference_rejected"], beta)
+
+
+LossFn = Callable[[llama.Llama, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
+
+
+def train_step(
+  state: TrainState, batch: Batch, seed: jax.Array, *, loss_fn: LossFn, transform: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+  """One update. Dropout draws from (seed, step) alone, so that a resumed run repeats what an uninterrupted one did."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
+  updates, opt_state = transform.update(grads, state.opt_state, state.model)
+  model = optax.apply_updates(state.model, updates)
+  metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+  return TrainState(model, opt_state, state.step + 1), metrics

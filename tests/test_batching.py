@@ -1,0 +1,60 @@
+"""Padding, buckets and packing."""
+
+import numpy as np
+import pytest
+
+from srlm_jax import batching
+
+
+def test_bucket_is_the_smallest_that_holds():
+  assert batching.bucket(32, (64, 32, 48)) == 32
+  assert batching.bucket(33, (64, 32, 48)) == 48
+  with pytest.raises(ValueError, match="65 tokens.*64"):
+    batching.bucket(65, (64, 32, 48))
+
+
+@pytest.mark.parametrize(
+  ("smallest", "largest", "expected"),
+  [(32, 128, (32, 48, 64, 96, 128)), (32, 100, (32, 48, 64, 96, 100)), (32, 32, (32,)), (32, 20, (20,))],
+)
+def test_doubling_buckets(smallest, largest, expected):
+  assert batching.doubling_buckets(smallest, largest) == expected
+
+
+def test_pad_fills_on_the_right_and_adds_rows():
+  np.testing.assert_array_equal(batching.pad([[1, 2], [3]], 3, 3, fill=9), [[1, 2, 9], [3, 9, 9], [9, 9, 9]])
+
+
+def test_pack_lays_examples_side_by_side():
+  examples = [batching.Example((1, 2, 3), 1), batching.Example((4, 5, 6), 2), batching.Example((7, 8), 0)]
+  rows = batching.pack(examples, 5)
+  assert len(rows) == 2
+  np.testing.assert_array_equal(rows[0]["tokens"], [1, 2, 3, 7, 8])
+  np.testing.assert_array_equal(rows[0]["segments"], [1, 1, 1, 2, 2])
+  np.testing.assert_array_equal(rows[0]["positions"], [0, 1, 2, 0, 1])
+  np.testing.assert_array_equal(rows[0]["targets"], [False, True, True, True, True])
+  np.testing.assert_array_equal(rows[1]["segments"], [1, 1, 1, 0, 0])
+  np.testing.assert_array_equal(rows[1]["targets"], [False, False, True, False, False])
+
+
+def test_unpacked_is_one_example_a_row():
+  examples = [batching.Example((1,), 0)] * 4
+  assert len(batching.pack(examples, 5, packed=False)) == 4
+
+
+def test_an_example_longer_than_a_row_is_an_error_and_never_cut():
+  with pytest.raises(ValueError, match="6 tokens does not fit a row of 5"):
+    batching.pack([batching.Example((1,) * 6, 0)], 5)
+
+
+def test_packing_loses_nothing():
+  rng = np.random.default_rng(0)
+  examples = [batching.Example(tuple(rng.integers(1, 99, rng.integers(1, 30))), 0) for _ in range(500)]
+  rows = batching.pack(examples, 64)
+  found = sorted(
+    tuple(row["tokens"][row["segments"] == segment].tolist())
+    for row in rows
+    for segment in range(1, row["segments"].max() + 1)
+  )
+  assert found == sorted(tuple(int(t) for t in example.tokens) for example in examples)
+  assert sum((row["segments"] > 0).sum() for row in rows) > 0.9 * 64 * len(rows)

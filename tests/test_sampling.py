@@ -1,0 +1,119 @@
+"""Sampling: the nucleus, greedy decoding against the full forward, and texts that do not depend on their batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srlm_jax import generator, llama, sampling
+
+CONFIG = llama.LlamaConfig(
+  vocab_size=61, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=64, tied=True
+)
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def model():
+  fresh = llama.Llama(CONFIG, jax.random.key(3))
+  return jax.tree.map(lambda leaf: leaf * 8, fresh)  # Sharper than 0.02-normal weights: texts differ and some end.
+
+
+def make(model, rows=8, **how):
+  return generator.Generator(model, EOS, sampling.Sampling(**how), rows=rows, max_prompt=40, seed=0)
+
+
+def run(engine, requests):
+  return {request.name: completions for request, completions in engine.generate(requests)}
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_nucleus_equals_sorting(top_p):
+  logits = np.random.default_rng(0).normal(0, 3, (16, 200)).astype(np.float32)
+  kept = np.isfinite(np.asarray(sampling.nucleus(jnp.asarray(logits), top_p)))
+  probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+  for row in range(16):
+    order = np.argsort(-probs[row])
+    size = int(np.searchsorted(np.cumsum(probs[row][order]), top_p)) + 1
+    assert set(np.flatnonzero(kept[row])) == set(order[:size])
+
+
+def test_nucleus_keeps_a_certain_token_and_ties():
+  kept = np.isfinite(np.asarray(sampling.nucleus(jnp.array([[90.0, 0.0, 0.0], [1.0, 1.0, -50.0]]), 0.5)))
+  np.testing.assert_array_equal(kept, [[True, False, False], [True, True, False]])
+
+
+def test_draws_follow_the_distribution():
+  probs = np.array([0.5, 0.3, 0.15, 0.05])
+  keys = jax.random.wrap_key_data(np.random.default_rng(0).integers(0, 2**32, (20000, 2), dtype=np.uint32))
+  logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs)), (20000, 4))
+  plain = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(0), 1.0, 1.0)), minlength=4) / 20000
+  np.testing.assert_allclose(plain, probs, atol=0.015)
+  cut = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(1), 1.0, 0.75)), minlength=4) / 20000
+  np.testing.assert_allclose(cut, [0.625, 0.375, 0, 0], atol=0.015)
+  hot = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(2), 0.5, 1.0)), minlength=4) / 20000
+  np.testing.assert_allclose(hot, probs**2 / np.sum(probs**2), atol=0.015)
+
+
+def full_forward_greedy(model, prompt, steps):
+  tokens = list(prompt)
+  for _ in range(steps):
+    row = jnp.asarray([tokens])
+    hidden = model(row, jnp.arange(len(tokens))[None], jnp.ones_like(row))
+    tokens.append(int(jnp.argmax(model.logits(hidden[0, -1]))))
+    if tokens[-1] == EOS:
+      break
+  return tuple(tokens[len(prompt) :])
+
+
+def test_greedy_decoding_equals_the_full_forward(model):
+  rng = np.random.default_rng(1)
+  requests = [generator.Request(str(n), tuple(rng.integers(3, 61, n)), 1) for n in (1, 5, 17, 32, 33)]
+  found = run(make(model, temperature=0.0, max_new=12), requests)
+  for request in requests:
+    assert found[request.name][0].tokens == full_forward_greedy(model, request.tokens, 12)
+
+
+def test_the_text_depends_neither_on_the_batch_nor_on_the_order(model):
+  rng = np.random.default_rng(2)
+  requests = [generator.Request(f"r{n}", tuple(rng.integers(3, 61, rng.integers(1, 40))), 2) for n in range(9)]
+  one = run(make(model, rows=4, temperature=1.0, top_p=0.9, max_new=16), requests)
+  other = run(make(model, rows=16, temperature=1.0, top_p=0.9, max_new=16), requests[::-1])
+  assert one == other
+
+
+def test_samples_differ_and_the_seed_matters(model):
+  request = generator.Request("r", (5, 6, 7), 4)
+  texts = run(make(model, temperature=1.0, max_new=16), [request])["r"]
+  assert len({text.tokens for text in texts}) > 1
+  again = generator.Generator(model, EOS, sampling.Sampling(1.0, 0.9, 16), 8, 40, seed=1)
+  assert run(again, [request])["r"] != texts
+
+
+def test_an_end_token_ends_the_text_and_is_in_it(model):
+  requests = [generator.Request(str(n), (3 + n,), 4) for n in range(40)]
+  texts = [text for texts in run(make(model, rows=32, temperature=1.5, top_p=1.0, max_new=30), requests).values() for text in texts]
+  ended = [text for text in texts if text.finished]
+  assert ended and len(ended) < len(texts)
+  for text in texts:
+    assert text.finished == (text.tokens[-1] == EOS) and EOS not in text.tokens[:-1]
+    assert text.finished or len(text.tokens) == 30
+
+
+def test_one_program_for_a_bucket_whatever_the_requests(model):
+  engine = make(model, temperature=1.0, max_new=7)
+  run(engine, [generator.Request("a", (5,) * 3, 2)])
+  compiled = sampling.generate._cache_size()
+  run(engine, [generator.Request(str(n), (5,) * (n % 31 + 1), 2) for n in range(50)])
+  assert sampling.generate._cache_size() == compiled
+
+
+def test_a_prompt_that_is_too_long_is_an_error(model):
+  with pytest.raises(ValueError, match="41 tokens"):
+    list(make(model, max_new=4).generate([generator.Request("long", (5,) * 41, 1)]))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new": 0}])
+def test_impossible_sampling_is_refused(wrong):
+  with pytest.raises(ValueError, match="needs temperature"):
+    sampling.Sampling(**wrong)

@@ -1,0 +1,92 @@
+"""The train steps: what they learn, what they leave alone, and the schedules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from srlm_jax import batching, llama, logprobs, train_step
+
+CONFIG = llama.LlamaConfig(vocab_size=29, embed=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffw=32, max_length=16)
+
+
+def make_batch(examples, length=8):
+  rows = batching.pack(examples, length, packed=False)
+  return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def pair_batch(model):
+  batch = make_batch([batching.Example((5, 6, 7, 8, 2), 2), batching.Example((5, 6, 9, 2), 2)])
+  reference = logprobs.sequence_logprobs(model, batch, 0)
+  return {**batch, "reference_chosen": reference[:1], "reference_rejected": reference[1:]}
+
+
+def run(model, loss_fn, batch, steps, **optimizer):
+  config = train_step.OptimizerConfig(**{"lr": 3e-3, "end_lr": 1e-3, "steps": steps, **optimizer})
+  transform = train_step.optimizer(config)
+  step = jax.jit(functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform))
+  state, log = train_step.init(model, transform), []
+  for _ in range(steps):
+    state, metrics = step(state, batch, jnp.uint32(0))
+    log.append({name: float(value) for name, value in metrics.items()})
+  assert step._cache_size() == 1
+  return state, log
+
+
+def test_sft_learns_the_response_and_not_the_prompt():
+  model = llama.Llama(CONFIG, jax.random.key(0))
+  batch = make_batch([batching.Example((5, 20, 21, 7, 8, 2), 3)])
+  state, log = run(model, functools.partial(train_step.sft_loss, chunk=0), batch, 60, lr=1e-2)
+  assert log[0]["loss"] == pytest.approx(np.log(29), rel=0.05) and log[-1]["loss"] < 0.05
+  hidden = state.model(batch["tokens"], batch["positions"], batch["segments"])
+  per_token = logprobs.next_token_logprobs(state.model, hidden, batch["tokens"], 0)[0]
+  assert per_token[2:5].min() > -0.2  # 7, 8 and the end token.
+  assert per_token[:2].max() < -1.5  # 20 and 21 belong to the prompt.
+
+
+def test_dpo_starts_at_log_2_and_widens_the_margin():
+  model = llama.Llama(CONFIG, jax.random.key(1))
+  _, log = run(model, functools.partial(train_step.dpo_loss, chunk=0, beta=0.1), pair_batch(model), 40)
+  assert log[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+  assert log[-1]["loss"] < log[0]["loss"] and log[-1]["margin"] > 0.1 and log[-1]["accuracy"] == 1
+  assert log[-1]["chosen_logprob"] > log[-1]["rejected_logprob"]
+
+
+def test_the_gradient_equals_finite_differences():
+  model = llama.Llama(CONFIG, jax.random.key(2))
+  batch = pair_batch(model)
+  batch["reference_chosen"] -= 3.0
+
+  def loss(scale):
+    moved = jax.tree.map(lambda leaf: leaf, model)
+    moved.norm = type(model.norm)(model.norm[...] * scale)
+    return train_step.dpo_loss(moved, batch, None, 0, 0.5)[0]
+
+  numeric = (loss(1.01) - loss(0.99)) / 0.02
+  assert float(jax.grad(loss)(1.0)) == pytest.approx(float(numeric), rel=2e-2)
+
+
+def test_dropout_draws_from_seed_and_step_alone():
+  config = llama.dataclasses.replace(CONFIG, dropout=0.3)
+  model = llama.Llama(config, jax.random.key(0))
+  batch = make_batch([batching.Example((5, 20, 21, 7, 8, 2), 3)])
+  loss_fn = functools.partial(train_step.sft_loss, chunk=0)
+  _, one = run(model, loss_fn, batch, 3)
+  _, two = run(model, loss_fn, batch, 3)
+  assert one == two
+  assert one[0]["loss"] != pytest.approx(float(loss_fn(model, batch, None)[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("linear", 0.55), ("cosine", 0.55)])
+def test_schedules_rise_and_fall_to_the_end_rate(decay, middle):
+  rate = train_step.schedule(train_step.OptimizerConfig(1.0, 0.1, steps=110, decay=decay, warmup=10))
+  assert float(rate(0)) == pytest.approx(0.1) and float(rate(10)) == pytest.approx(1.0)
+  assert float(rate(60)) == pytest.approx(middle) and float(rate(110)) == pytest.approx(0.1)
+  assert decay != "cosine" or float(rate(30)) > 0.9
+
+
+def test_an_unknown_decay_is_refused():
+  with pytest.raises(ValueError, match="'cosine' or 'linear'"):
+    train_step.schedule(train_step.OptimizerConfig(1.0, 0.1, 10, decay="step"))
