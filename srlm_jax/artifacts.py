@@ -11,14 +11,16 @@ import difflib
 import functools
 import hashlib
 import json
+import logging
 import time
 from typing import Any, TypeVar
 
-from absl import logging
 from etils import epath
 import jax
 
 from srlm_jax import records
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1  # Of the files described here; a change makes older folders refused, by name.
 
@@ -78,7 +80,7 @@ class Artifact:
       return json.loads(path.read_text())
     except FileNotFoundError as error:
       raise ValueError(f"{self.folder} is not finished (it has no manifest.json): run its stage first.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # Neither JSON nor UTF-8.
       raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
 
   def manifest(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class Artifact:
       return
     try:
       found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # Neither JSON nor UTF-8.
       raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
     if found["format"] != FORMAT:
       raise ValueError(f"{self.folder} has artifact format {found['format']}, this version writes {FORMAT}: use a new --workdir.")
@@ -133,7 +135,7 @@ class Artifact:
     for done in sorted(self.folder.glob("*.done")):
       files[done.name.removesuffix(".done")] = json.loads(done.read_text())
     for folder in folders:
-      for path in sorted(p for p in (self.folder / folder).rglob("*") if p.is_file()):
+      for path in sorted(_files(self.folder / folder)):
         data = path.read_bytes()
         files[str(path.relative_to(self.folder))] = {"bytes": len(data), "sha256": sha256(data)}
     identity = self.identity()
@@ -186,11 +188,20 @@ class Artifact:
       yield from self.read(done.name.removesuffix(".done"), kind)
 
 
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  """All files below a folder."""
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
+
+
 def write_whole(path: epath.Path, text: str) -> None:
   """Writes beside the final name and renames, so that a reader sees all of it or none."""
   beside = path.parent / f".{path.name}.part"
   beside.write_text(text)
-  beside.rename(path)
+  beside.replace(path)
 
 
 Item = TypeVar("Item")
@@ -215,7 +226,7 @@ def map_shards(
     fresh += len(part)
     rate = fresh / (time.monotonic() - started)
     left = (len(items) - min((index + 1) * size, len(items))) / rate
-    logging.info(
+    logger.info(
       "%s: %s %d of %d, %.1f a second, %.0f s left", out.folder, stem, min((index + 1) * size, len(items)), len(items), rate, left
     )
 

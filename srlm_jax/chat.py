@@ -1,13 +1,18 @@
 """Instructions as prompt tokens: the chat template around them, the same function for training and for generation.
 
 A chat prompt is made of parts that are encoded apart: the template's are trusted and may hold special tokens, the
-instruction is not and cannot bring any in, nor a `[INST]` of its own (`templates.neutralise_chat`). Prompt and response are
-encoded apart, too, so the prompt's tokens do not depend on what follows.
+instruction is not and cannot bring any in, nor a `[INST]` of its own (`templates.neutralise_chat`). Prompt and response
+are encoded apart, too, so the prompt's tokens do not depend on what follows.
 
-What the parts join to is what the whole would have been encoded to, wherever tokenizers break at spaces: a space at the end
-of a part goes to the part behind it (" hello" is one piece), and a part that goes on without one gets none from
-SentencePiece.
+What the parts join to is what the whole would have been encoded to, wherever tokenizers break at spaces: a space at the
+end of a part goes to the part behind it (" hello" is one piece), and a part that goes on without one gets none from
+SentencePiece. A response is encoded by itself, so SentencePiece puts its space before it, in all templates alike.
+
+Llama 2 Chat is best served by "llama2": transformers 5 encodes the "[" behind the begin token of the model's own
+template without the space (29961) with which Meta's code trained it (518).
 """
+
+import functools
 
 from srlm_jax import templates
 from srlm_jax.tokenizer import Tokenizer
@@ -21,9 +26,10 @@ def chat_tokens(tokenizer: Tokenizer, prompt: str, kind: str) -> list[int]:
 
   Args:
     tokenizer: the model's.
-    prompt: an instruction, or a filled judge prompt; untrusted. White space around it is left out, as in Llama 2's template.
-    kind: "llama2": begin token, `[INST] prompt [/INST]`. "model": the chat template in the tokenizer's folder, begin token
-      only where the template has it. "plain": begin token, the prompt, a new line; for base models.
+    prompt: an instruction, or a filled judge prompt; untrusted. White space around it is left out, as in Llama 2's
+      template.
+    kind: "llama2": begin token, `[INST] prompt [/INST]`. "model": the chat template in the tokenizer's folder, with a
+      begin token only where the template has one. "plain": begin token, the prompt, a new line; for base models.
 
   Raises:
     ValueError: an unknown kind, or "model" without a template that shows the message exactly once.
@@ -34,22 +40,26 @@ def chat_tokens(tokenizer: Tokenizer, prompt: str, kind: str) -> list[int]:
   if kind == "plain":
     return [tokenizer.bos_id, *_around(tokenizer, "", text, "\n")]
   if kind == "model":
-    return _around(tokenizer, *_own_template(tokenizer, text))
+    before, after = _own_template(tokenizer)
+    return _around(tokenizer, before, text, after)
   raise ValueError(f"unknown chat template {kind!r}: choose one of {', '.join(KINDS)}.")
 
 
-def _own_template(tokenizer: Tokenizer, text: str) -> tuple[str, str, str]:
-  """What the folder's template has before the message, the message, and what it has behind it."""
+@functools.lru_cache(maxsize=4)
+def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
+  """What the folder's template has before the message, and what it has behind it."""
   if tokenizer.chat_template is None:
-    raise ValueError("chat kind 'model': the tokenizer has no chat template; choose 'llama2' or 'plain', or add the file.")
-  rendered = tokenizer.chat_template(_MESSAGE)
-  if rendered.count(_MESSAGE) != 1:
     raise ValueError(
-      f"chat kind 'model': the chat template shows the user's message {rendered.count(_MESSAGE)} times, once is needed. "
+      "chat kind 'model': the tokenizer has no chat template; choose 'llama2' or 'plain', or add the file."
+    )
+  rendered = tokenizer.chat_template(_MESSAGE)
+  if (count := rendered.count(_MESSAGE)) != 1:
+    raise ValueError(
+      f"chat kind 'model': the chat template shows the user's message {count} times, once is needed. "
       "Choose 'llama2' or 'plain', or mend the template."
     )
   before, after = rendered.split(_MESSAGE)
-  return before, text, after
+  return before, after
 
 
 def _around(tokenizer: Tokenizer, before: str, text: str, after: str) -> list[int]:

@@ -49,11 +49,10 @@ def init_model(config: llama.LlamaConfig, mesh: jax.sharding.Mesh, seed: int) ->
 
 
 def save_model(folder: epath.Path, model: llama.Llama) -> None:
-  """Writes `weights/` (Orbax) and `llama.json` (its LlamaConfig) in `folder`, replacing what an interrupted run left."""
+  """Writes `weights/` (Orbax) in `folder`, replacing what an interrupted run left."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / "weights", named_leaves(model), force=True)
     checkpointer.wait_until_finished()
-  (folder / "llama.json").write_text(json.dumps(dataclasses.asdict(model.config), indent=2))
 
 
 def read_model_config(folder: epath.Path) -> llama.LlamaConfig:

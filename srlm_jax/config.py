@@ -17,7 +17,7 @@ def base() -> config_dict.ConfigDict:
   """The paper's run: Llama 2 70B, Open Assistant, M1 to M3."""
   c = config_dict.ConfigDict()
   c.seed = 0
-  c.models = (1, 2, 3)  # Which models `srlm all` makes: 1 is by SFT, each further one by DPO on the AIFT of the one before.
+  c.models = 3  # The last model to make: M1 is by SFT, each further one by DPO of the one before on its own AIFT.
 
   # M0. kind: "hf" (a Hugging Face folder at `path`), "pretrain" (from scratch, on the world's text), "random".
   c.base = dict(kind="hf", path="", size="llama2_70b")
@@ -77,6 +77,7 @@ def base() -> config_dict.ConfigDict:
   c.responses = dict(n=4, sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024))
   c.judge = dict(
     rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; "judge_five_bucket" is the compared one.
+    method="sampled",  # "expected": no text, the score weighted by the probabilities of its digits; one vote.
     votes=3,
     min_votes=1,  # unstated: readable votes that a score needs.
     sampling=_sampling(temperature=0.7, top_p=0.9, max_new=256),
@@ -102,6 +103,7 @@ def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any
     decay=decay,
     steps=0,  # 0: `epochs` passes over the data.
     epochs=2,  # unstated.
+    min_steps=0,  # At least so many, where `epochs` of a small set are fewer.
     warmup=0,  # unstated.
     weight_decay=0.0,  # unstated.
     b2=0.95,

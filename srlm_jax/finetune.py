@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 import functools
+import logging
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 import numpy as np
 
 from srlm_jax import artifacts, batching, chat, config as config_lib, dataset, modelstore, records, tokenizer, train_loop, train_step
+
+logger = logging.getLogger(__name__)
 
 
 def tokenize(
@@ -45,8 +47,8 @@ def finetune(
   if folder.exists():  # Cheap to prepare again, and never half of one.
     folder.rmtree()
   dataset.write(folder, rows)
-  steps = section.steps or -(-len(rows) * section.epochs // section.batch)
-  logging.info("%s: %s; %d rows, %d steps", out.folder, dict(counts), len(rows), steps)
+  steps = train_step.count_steps(section, len(rows))
+  logger.info("%s: %s; %d rows, %d steps", out.folder, dict(counts), len(rows), steps)
   model = train_loop.train(
     model=modelstore.load(parent, settings, mesh, train=True),
     loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),

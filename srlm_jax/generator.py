@@ -67,6 +67,21 @@ class Generator:
     if waiting:
       yield from self._collect(*waiting)
 
+  def option_probs(self, requests: Sequence[Request], options: Sequence[int]) -> Iterator[tuple[Request, np.ndarray]]:
+    """Yields each request with float32 [options]: how its next token's probability is divided among the options."""
+    ids = np.asarray(options, np.int32)
+    for length, batch in self._batches(requests):
+      prompts, lengths = self._pad(batch, length)
+      probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
+      yield from zip(batch, np.asarray(probs)[: len(batch)], strict=True)
+
+  def _pad(self, batch: list[Request], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts [R, P] and their lengths [R], empty slots at the end."""
+    count = max(self.rows // batch[0].samples, 1)
+    lengths = np.zeros(count, np.int32)
+    lengths[: len(batch)] = [len(request.tokens) for request in batch]
+    return batching.pad([request.tokens for request in batch], length, count), lengths
+
   def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Request]]]:
     sizes = batching.doubling_buckets(32, self.max_prompt)
     groups: dict[tuple[int, int], list[Request]] = {}
@@ -80,14 +95,11 @@ class Generator:
 
   def _dispatch(self, batch: list[Request], length: int) -> tuple[jax.Array, jax.Array]:
     samples = batch[0].samples
-    count = max(self.rows // samples, 1)
-    keys = np.zeros((count * samples, 2), np.uint32)
+    prompts, lengths = self._pad(batch, length)
+    keys = np.zeros((len(prompts) * samples, 2), np.uint32)
     for row, request in enumerate(batch):
       for sample in range(samples):
         keys[row * samples + sample] = row_key(self.seed, request.name, sample)
-    lengths = np.zeros(count, np.int32)
-    lengths[: len(batch)] = [len(request.tokens) for request in batch]
-    prompts = batching.pad([request.tokens for request in batch], length, count)
     return sampling.generate(
       self.model,
       prompts,

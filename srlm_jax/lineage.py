@@ -40,18 +40,17 @@ class Model:
 
 
 def label(name: str) -> str:
-  """"m2" → "M2", "baseline" → "SFT baseline"; other names as they are."""
+  """A model's name as it is shown: "M2" for "m2", "SFT baseline" for "baseline"; other names as they are."""
   if name.startswith("m") and name[1:].isdigit():
     return name.upper()
   return {"baseline": "SFT baseline", "writer": "prompt writer"}.get(name, name)
 
 
-def _data(artifact: artifacts.Artifact, names: Mapping[str, str]) -> str:
+def _data(artifact: artifacts.Artifact) -> str:
   """What a model was trained on, from what it and its inputs recorded."""
   facts = artifact.manifest()["facts"]
   if "pairs" in facts:
-    source = names[str(artifact.inputs["pairs"].folder)].partition("/")[0]
-    return f"{facts['pairs']:,} pairs of {source.upper()}"
+    return f"{facts['pairs']:,} pairs of {artifact.inputs['pairs'].folder.parent.name.upper()}"
   if "documents" in facts:
     return f"{facts['documents']:,} documents, {facts['tokens']:,} tokens"
   counts = facts.get("counts", {})
@@ -75,7 +74,7 @@ def _model(name: str, artifact: artifacts.Artifact, names: Mapping[str, str]) ->
     parent=parent,
     reference=reference,
     method="DPO" if "pairs" in inputs else "SFT" if "parent" in inputs else roots.get(facts.get("kind", ""), ""),
-    data=_data(artifact, names),
+    data=_data(artifact),
     config=artifacts.sha256(json.dumps(manifest["config"], sort_keys=True).encode())[:SHORT],
     digest=manifest["digest"][:SHORT],
     parameters=facts["parameters"],
@@ -120,7 +119,9 @@ def table(found: list[Model]) -> tables.Table:
     for one in found
   )
   note = f"Content, config and tokenizer are the first {SHORT} hex digits of SHA-256 digests."
-  return tables.Table("models", "Models and what they are made from", columns, rows, note, words=(0, 1, 2, 3, 4, 7, 8, 9))
+  return tables.Table(
+    "models", "Models and what they are made from", columns, rows, note, words=(0, 1, 2, 3, 4, 7, 8, 9)
+  )
 
 
 def _children(found: list[Model], parent: str) -> list[Model]:
@@ -133,7 +134,9 @@ def lineage_text(found: list[Model]) -> str:
   lines: list[str] = []
 
   def add(one: Model, lead: str, branch: str) -> None:
-    how = ", ".join(part for part in (one.method, one.data, one.reference and f"reference {label(one.reference)}") if part)
+    how = ", ".join(
+      part for part in (one.method, one.data, one.reference and f"reference {label(one.reference)}") if part
+    )
     lines.append(f"{lead}{branch}{label(one.name)} {one.digest} ({how}; {one.parameters:,} parameters)")
     below = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
     children = _children(found, one.name)
@@ -174,7 +177,7 @@ def diagram(found: list[Model], captions: Mapping[str, str]) -> Diagram:
     found: the models.
     captions: one more line for some models, by name.
   """
-  across, down = 312, 84
+  across, down = 292, 84
   nodes: list[Node] = []
 
   def depth(one: Model) -> int:

@@ -6,6 +6,7 @@ dimension and scanned, so that compile time does not grow with them.
 """
 
 import dataclasses
+import functools
 import math
 
 from flax import nnx
@@ -35,7 +36,8 @@ class LlamaConfig:
 
   `dtype` is that of activations and matmuls, `param_dtype` that of the parameters; softmax, norms and logits are
   float32 always.  `dropout` falls on the embedding and on what each half of a layer adds.  `remat` says what the
-  backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but the matmuls with weights).
+  backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but matmuls with
+  weights).
   """
 
   vocab_size: int
@@ -66,18 +68,18 @@ class LlamaConfig:
       raise ValueError(f"remat={self.remat!r} must be one of {REMAT}.")
 
 
-_LARGE = dict(vocab_size=32000, head_dim=128, max_length=4096, dtype="bfloat16", remat="full")
+_large = functools.partial(LlamaConfig, vocab_size=32000, head_dim=128, max_length=4096, dtype="bfloat16", remat="full")
 
 SIZES: dict[str, LlamaConfig] = {
   "smoke": LlamaConfig(
-    vocab_size=512, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=64, max_length=128
+    vocab_size=512, embed=48, layers=2, heads=4, kv_heads=2, head_dim=12, ffw=128, max_length=192, tied=True
   ),
   "tiny": LlamaConfig(
-    vocab_size=512, embed=128, layers=4, heads=4, kv_heads=2, head_dim=32, ffw=352, max_length=512
+    vocab_size=512, embed=80, layers=4, heads=4, kv_heads=2, head_dim=20, ffw=224, max_length=192, tied=True
   ),
-  "llama2_7b": LlamaConfig(embed=4096, layers=32, heads=32, kv_heads=32, ffw=11008, **_LARGE),
-  "llama2_13b": LlamaConfig(embed=5120, layers=40, heads=40, kv_heads=40, ffw=13824, **_LARGE),
-  "llama2_70b": LlamaConfig(embed=8192, layers=80, heads=64, kv_heads=8, ffw=28672, **_LARGE),
+  "llama2_7b": _large(embed=4096, layers=32, heads=32, kv_heads=32, ffw=11008),
+  "llama2_13b": _large(embed=5120, layers=40, heads=40, kv_heads=40, ffw=13824),
+  "llama2_70b": _large(embed=8192, layers=80, heads=64, kv_heads=8, ffw=28672),
 }
 
 
@@ -87,23 +89,24 @@ class Cache:
   """Keys and values of the tokens so far, in slots that all rows fill together.
 
   Rows of different lengths differ in which slots are valid; a slot's place in the text is in its key (rotary), so slots
-  and positions need not agree.
+  and positions need not agree.  The orders of dimensions are those in which attention multiplies, so that a step reads
+  the cache as it lies.
   """
 
-  keys_LBSKH: jax.Array
-  values_LBSKH: jax.Array
+  keys_LBKHS: jax.Array
+  values_LBKSH: jax.Array
   valid_BS: jax.Array  # bool: the slot holds a real token.
   cursor: jax.Array  # int32 scalar: the next slot to write.
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike | None = None) -> Cache:
   """An empty cache of `length` slots, by default in the model's compute dtype."""
-  shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-  axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-  zeros = jnp.zeros(shape, dtype or config.dtype)
+  dtype = dtype or config.dtype
+  keys = jnp.zeros((config.layers, batch, config.kv_heads, config.head_dim, length), dtype)
+  values = jnp.zeros((config.layers, batch, config.kv_heads, length, config.head_dim), dtype)
   return Cache(
-    keys_LBSKH=mesh.constrain(zeros, axes),
-    values_LBSKH=mesh.constrain(zeros, axes),
+    keys_LBKHS=mesh.constrain(keys, ("layers", "batch", "kv_heads", "head_dim", "length")),
+    values_LBKSH=mesh.constrain(values, ("layers", "batch", "kv_heads", "length", "head_dim")),
     valid_BS=mesh.constrain(jnp.zeros((batch, length), jnp.bool_), ("batch", "length")),
     cursor=jnp.zeros((), jnp.int32),
   )
@@ -124,16 +127,17 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def _rope_tables(config: LlamaConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, float32 [B, T, 1, H/2]."""
-  angles = positions_BT[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
+  """cos and sin, float32 [B, T, H/2]."""
+  angles = positions_BT[:, :, None].astype(jnp.float32) * rope_frequencies(config)
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def _rotate(x_BTNH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary embedding of N heads; feature i turns with feature i + H/2 (Hugging Face's order)."""
-  cos, sin = tables
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+def _rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotary embedding of heads [B, T, ..., H]; feature i turns with feature i + H/2 (Hugging Face's order)."""
+  heads = tuple(range(2, x.ndim - 1))
+  cos, sin = (jnp.expand_dims(table, heads) for table in tables)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def _rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
@@ -148,16 +152,22 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def _attend(q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """Softmax attention [B, T, K, G, H]; the G query heads share a kv head without a copy of it."""
-  scale = 1 / math.sqrt(q_BTKGH.shape[-1])
-  logits = jnp.einsum("btkgh,bskh->bktgs", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-  logits = jnp.where(mask_BTS[:, None, :, None, :], logits, MASKED)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum("bktgs,bskh->btkgh", weights, v_BSKH)
+def _attend(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Softmax attention [B, T, K, G, H]; the G query heads share a kv head without a copy of it.
+
+  Products are written in the order that a matmul gives (batch dimensions first) and the group joins the queries (M):
+  XLA on CPU is half as fast for any other.
+  """
+  batch, length, kv_heads, groups, head_dim = q_BTKGH.shape
+  q = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
+  logits = jnp.einsum("bkmh,bkhs->bkms", q, k_BKHS, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+  mask_BMS = jnp.tile(mask_BTS, (1, groups, 1))
+  weights = jax.nn.softmax(jnp.where(mask_BMS[:, None], logits, MASKED), axis=-1).astype(v_BKSH.dtype)
+  mixed = jnp.einsum("bkms,bksh->bkmh", weights, v_BKSH)
+  return mixed.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
 
 
-def _normal(key: jax.Array, config: LlamaConfig, axes: mesh.Axes) -> nnx.Param:
+def _normal(key: jax.Array, config: LlamaConfig, axes: tuple[str, ...]) -> nnx.Param:
   """A kernel, normal with standard deviation 0.02, whose dimensions have these names."""
   sizes = {
     "vocab": config.vocab_size,
@@ -191,19 +201,16 @@ class Layers(nnx.Module):
     self.up = _normal(keys[5], config, ("layers", "embed", "ffw"))
     self.down = _normal(keys[6], config, ("layers", "ffw", "embed"))
 
-  def project(
-    self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array]
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One layer's queries [B, T, K, G, H], keys and values [B, T, K, H]; queries and keys rotated."""
+  def project(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One layer's queries [B, T, K, G, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
     x = _rms_norm(x_BTD, self.attention_norm, self.config.norm_eps)
-    q = jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype))
-    k = jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype))
-    v = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
-    q = _rotate(q, (tables[0][:, :, None], tables[1][:, :, None]))
+    q_BTKGH = _rotate(jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype)), tables)
+    k_BTKH = _rotate(jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype)), tables)
+    v_BTKH = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
     return (
-      mesh.constrain(q, ("batch", "length", "kv_heads", "group", "head_dim")),
-      mesh.constrain(_rotate(k, tables), ("batch", "length", "kv_heads", "head_dim")),
-      mesh.constrain(v, ("batch", "length", "kv_heads", "head_dim")),
+      mesh.constrain(q_BTKGH, ("batch", "length", "kv_heads", "group", "head_dim")),
+      mesh.constrain(k_BTKH.transpose(0, 2, 3, 1), ("batch", "kv_heads", "head_dim", "length")),
+      mesh.constrain(v_BTKH.transpose(0, 2, 1, 3), ("batch", "kv_heads", "length", "head_dim")),
     )
 
   def finish(self, x_BTD: jax.Array, mixed_BTKGH: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -213,10 +220,12 @@ class Layers(nnx.Module):
     added = jnp.einsum("btkgh,kghd->btd", mixed_BTKGH, self.o[...].astype(dtype))
     x_BTD = mesh.constrain(x_BTD + _dropout(added, rate, keys[0]), ("batch", "length", "features"))
     x = _rms_norm(x_BTD, self.ffw_norm, self.config.norm_eps)
-    gate_BTF = jnp.einsum("btd,df->btf", x, self.gate[...].astype(dtype))
-    up_BTF = jnp.einsum("btd,df->btf", x, self.up[...].astype(dtype))
-    inner_BTF = mesh.constrain(jax.nn.silu(gate_BTF) * up_BTF, ("batch", "length", "ffw"))
-    added = jnp.einsum("btf,fd->btd", inner_BTF, self.down[...].astype(dtype))
+    # All tokens in one dimension (N): XLA on CPU takes three times as long for the gradient of [B, T, D] matmuls.
+    x_ND = x.reshape(-1, x.shape[-1])
+    gate_NF = jnp.einsum("nd,df->nf", x_ND, self.gate[...].astype(dtype))
+    up_NF = jnp.einsum("nd,df->nf", x_ND, self.up[...].astype(dtype))
+    inner_NF = mesh.constrain(jax.nn.silu(gate_NF) * up_NF, ("batch", "ffw"))
+    added = jnp.einsum("nf,fd->nd", inner_NF, self.down[...].astype(dtype)).reshape(x.shape)
     return mesh.constrain(x_BTD + _dropout(added, rate, keys[1]), ("batch", "length", "features"))
 
 
@@ -233,11 +242,7 @@ class Llama(nnx.Module):
     self.head = None if config.tied else _normal(keys[2], config, ("embed", "vocab"))
 
   def __call__(
-    self,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segments_BT: jax.Array,
-    dropout_key: jax.Array | None = None,
+    self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, dropout_key: jax.Array | None = None
   ) -> jax.Array:
     """Hidden states [B, T, D] after the final norm; a token sees itself and what precedes it in its segment.
 
@@ -252,9 +257,11 @@ class Llama(nnx.Module):
     mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
     mask_BTS &= index_T[:, None] >= index_T[None, :]
     tables = _rope_tables(config, positions_BT)
-    drops = dropout_key is not None and config.dropout > 0
-    keys = jax.random.split(dropout_key, config.layers + 1) if drops else None
-    x_BTD = _dropout(self._embed(tokens_BT), config.dropout, keys[-1] if drops else None)
+    first_key = layer_keys = None
+    if dropout_key is not None and config.dropout > 0:
+      keys = jax.random.split(dropout_key, config.layers + 1)
+      first_key, layer_keys = keys[0], keys[1:]
+    x_BTD = _dropout(self._embed(tokens_BT), config.dropout, first_key)
 
     def step(x_BTD: jax.Array, layer: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
       weights, key = layer
@@ -265,7 +272,7 @@ class Llama(nnx.Module):
       step = jax.checkpoint(step, prevent_cse=False)
     elif config.remat == "minimal":
       step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_BTD, _ = jax.lax.scan(step, x_BTD, (self.layers, keys[:-1] if drops else None))
+    x_BTD, _ = jax.lax.scan(step, x_BTD, (self.layers, layer_keys))
     return _rms_norm(x_BTD, self.norm, config.norm_eps)
 
   def cached(
@@ -293,13 +300,12 @@ class Llama(nnx.Module):
       weights, index = layer
       q, k, v = weights.project(x_BTD, tables)
       # The whole cache is carried and one layer's new slots are written, so that nothing else of it is copied.
-      at = (index, 0, start, 0, 0)
-      keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-      values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+      keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, 0, 0, start))
+      values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, 0, start, 0))
       mixed_BTKGH = _attend(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
       return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None
 
-    carry = (self._embed(tokens_BT), cache.keys_LBSKH, cache.values_LBSKH)
+    carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)
     (x_BTD, keys, values), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
     return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, start + count)
 

@@ -7,16 +7,19 @@ One absl app: the stage is positional, the configuration a file with overrides.
 """
 
 from collections.abc import Sequence
+import logging
 import pathlib
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import app, flags, logging as absl_logging
 from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
 from srlm_jax import artifacts, mesh as mesh_lib, steps
+
+logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, with its variant: configs/tiny.py:smoke.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped.")
@@ -65,13 +68,13 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
     if step.stage != "report":
       out.begin()
       if out.done:
-        logging.info("[%d/%d] %s: done already", number, len(chosen), step.folder)
+        logger.info("[%d/%d] %s: done already", number, len(chosen), step.folder)
         continue
-    logging.info("[%d/%d] %s: stage %s", number, len(chosen), step.folder, step.stage)
+    logger.info("[%d/%d] %s: stage %s", number, len(chosen), step.folder, step.stage)
     started = time.monotonic()
     with jax.set_mesh(mesh):
       step.run(out)
-    logging.info("[%d/%d] %s: finished in %.1f s", number, len(chosen), step.folder, time.monotonic() - started)
+    logger.info("[%d/%d] %s: finished in %.1f s", number, len(chosen), step.folder, time.monotonic() - started)
 
 
 def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> None:
@@ -84,10 +87,19 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
     print(f"{step.folder:<20} {step.stage:<10} {how_far:<6} from {sources or 'nothing'}")
 
 
+def _log_to_stderr() -> None:
+  """Our own messages, and of the libraries (Orbax, TFDS) warnings alone."""
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  ours = logging.getLogger("srlm_jax")
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  ours.handlers, ours.propagate = [handler], False
+  ours.setLevel(logging.INFO)
+
+
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
-  logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO)
+  _log_to_stderr()
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
@@ -109,9 +121,9 @@ def main(argv: Sequence[str]) -> None:
   try:
     run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError) as error:
-    logging.debug("the error in full", exc_info=True)
+    logger.debug("the error in full", exc_info=True)
     sys.exit(f"srlm {stage}: {error}")
-  logging.info("srlm %s: %.0f s", stage, time.monotonic() - started)
+  logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
 
 
 def run() -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 T = TypeVar("T")
@@ -76,21 +76,22 @@ def spec(axes: Axes) -> PartitionSpec:
   return PartitionSpec(*parts)
 
 
-def _ways(part: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+def _ways(part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
   """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
   names = (part,) if isinstance(part, str) else part or ()
   return math.prod(mesh.shape[name] for name in names)
 
 
-def _check_divisible(what: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+def _check(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> None:
+  """ValueError where a parameter's dimensions do not fit their names or do not divide over the mesh."""
   if len(shape) != len(axes):
-    raise ValueError(f"{what} has shape {shape} but the axis names {axes}: give one name per dimension.")
-  for size, name, part in zip(shape, axes, spec(axes)):
+    raise ValueError(f"parameter {name} has shape {shape} but the axis names {axes}: give one name per dimension.")
+  for size, axis, part in zip(shape, axes, spec(axes), strict=True):
     ways = _ways(part, mesh)
     if size % ways:
       raise ValueError(
-        f"{what} has shape {shape}: its dimension {name!r} of size {size} does not divide into {ways} pieces over mesh "
-        f"axis {part!r}: change the mesh's sizes or the model's."
+        f"parameter {name} has shape {shape}: its dimension {axis!r} of size {size} does not divide into {ways} pieces "
+        f"(mesh axis {part!r}): change the sizes of the mesh or of the model."
       )
 
 
@@ -118,16 +119,22 @@ def shardings(tree: T, mesh: Mesh) -> T:
     axes = leaf.get_metadata().get("axes")
     if axes is None:
       raise ValueError(f"parameter {name} has no axis names: create it with nnx.Param(value, axes=(...)).")
-    _check_divisible(f"parameter {name}", leaf.shape, axes, mesh)
+    _check(name, leaf.shape, axes, mesh)
     return leaf.replace(NamedSharding(mesh, spec(axes)))
 
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def constrain(array: jax.Array, axes: Axes) -> jax.Array:
-  """Splits an activation over the mesh in use (`jax.set_mesh`) by the names of its dimensions; without one, nothing."""
+  """Splits an activation over the mesh in use (`jax.set_mesh`) by the names of its dimensions; without one, nothing.
+
+  A dimension that does not divide, such as an odd last batch, is left to the compiler: slower, and the same numbers.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return array
-  _check_divisible("an activation", array.shape, axes, mesh)
-  return jax.lax.with_sharding_constraint(array, spec(axes))
+  parts = [
+    part if size % _ways(part, mesh) == 0 else PartitionSpec.UNCONSTRAINED
+    for size, part in zip(array.shape, spec(axes), strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))

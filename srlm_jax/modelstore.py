@@ -1,6 +1,7 @@
 """Models as artifacts: weights, tokenizer and golden encodings in one folder, checked when they are loaded."""
 
 from collections.abc import Mapping
+import dataclasses
 import json
 from typing import Any
 
@@ -18,7 +19,7 @@ def save(
   checkpoint.save_model(out.folder, model)
   words.save(out.folder / "tokenizer")
   out.write("golden.json", json.dumps(words.golden(), indent=1))
-  out.write("llama.json", (out.folder / "llama.json").read_text())
+  out.write("llama.json", json.dumps(dataclasses.asdict(model.config), indent=1))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
   states = out.folder / "states"
   if states.exists():

@@ -13,6 +13,12 @@ def by_prompt(responses: Iterable[Response], judgements: Iterable[Judgement]) ->
 
   ValueError where responses and judgements are not the same ones in the same order.
   """
+  responses, judgements = list(responses), list(judgements)
+  if len(responses) != len(judgements):
+    raise ValueError(
+      f"{len(judgements)} judgements of {len(responses)} responses: they are of other responses, or incomplete. "
+      "Run the judge stage again."
+    )
   groups: dict[str, list[Scored]] = {}
   for response, judgement in zip(responses, judgements, strict=True):
     if (response.prompt_id, response.sample) != (judgement.prompt_id, judgement.sample):

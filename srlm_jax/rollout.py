@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 import statistics
 from typing import Any
 
@@ -69,12 +70,17 @@ def answer(
 
 @dataclasses.dataclass(frozen=True)
 class Judging:
-  """How a response is judged (paper §2.2): the rubric, the votes, and how many of them must be readable."""
+  """How a response is judged (paper §2.2): the rubric, the votes, and how many of them must be readable.
+
+  method "sampled" is the paper's; "expected" asks for no text: the score is the mean over the digits that may follow
+  "Score: ", weighted by their probabilities (one vote, no sampling noise, works with any model).
+  """
 
   rubric: templates.Rubric
   votes: int
   min_votes: int
   how: sampling.Sampling
+  method: str = "sampled"
 
 
 def judging(section: Mapping[str, Any]) -> Judging:
@@ -82,7 +88,10 @@ def judging(section: Mapping[str, Any]) -> Judging:
   how = sampling.Sampling(**section["sampling"])
   if not 1 <= section["min_votes"] <= section["votes"]:
     raise ValueError(f"judge.min_votes={section['min_votes']} must lie between 1 and judge.votes={section['votes']}.")
-  return Judging(templates.load_rubric(section["rubric"]), section["votes"], section["min_votes"], how)
+  if section["method"] not in ("sampled", "expected"):
+    raise ValueError(f"judge.method={section['method']!r} must be 'sampled' or 'expected'.")
+  rubric = templates.load_rubric(section["rubric"])
+  return Judging(rubric, section["votes"], section["min_votes"], how, section["method"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,26 +119,60 @@ def tally(candidate: Candidate, votes: Sequence[records.Vote], min_votes: int) -
   return records.Judgement(prompt_id=candidate.prompt_id, sample=candidate.sample, votes=tuple(votes), score=mean)
 
 
+def score_options(words: Tokenizer, rubric: templates.Rubric) -> tuple[tuple[int, ...], dict[int, int]]:
+  """The tokens of "Score: " and, for each whole score of the rubric, the one token that follows; {token: score}."""
+  scores = range(math.ceil(rubric.low), math.floor(rubric.high) + 1)
+  encoded = {score: words.encode(f"Score: {score}") for score in scores}
+  heads, options = {tuple(ids[:-1]) for ids in encoded.values()}, {ids[-1]: score for score, ids in encoded.items()}
+  if len(heads) != 1 or len(options) != len(scores):
+    raise ValueError(
+      "judge.method='expected' needs a tokenizer in which the scores after 'Score: ' are single tokens; "
+      "this one encodes them otherwise: use 'sampled'."
+    )
+  return heads.pop(), options
+
+
 def judge(speaker: Speaker, candidates: Sequence[Candidate], judging: Judging) -> list[records.Judgement]:
-  """Judges each candidate by sampling `votes` verdicts, in the order of the candidates.
+  """Judges each candidate, in the order of the candidates.
 
   A judge prompt that is too long is not cut: its votes are unreadable, with the reason "too_long".
   """
   engine = speaker.generator(judging.how)
   requests = []
-  for index, candidate in enumerate(candidates):
+  for candidate in candidates:
     tokens = speaker.chat(judging.rubric.fill(candidate.instruction, candidate.response))
     name = f"judge {judging.rubric.digest} {candidate.prompt_id} {candidate.sample}"
-    requests.append((index, generator.Request(name, tokens, judging.votes)))
-  fitting = [request for _, request in requests if len(request.tokens) <= engine.max_prompt]
-  by_name = {
-    request.name: [
-      read_vote(speaker.tokenizer.decode(completion.tokens), completion.finished, judging.rubric)
-      for completion in completions
-    ]
-    for request, completions in engine.generate(fitting)
-  }
+    requests.append(generator.Request(name, tokens, judging.votes))
+  fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
+  votes = _expected if judging.method == "expected" else _sampled
+  by_name = votes(speaker, engine, fitting, judging.rubric)
   too_long = [records.Vote(text="", score=None, reason="too_long")] * judging.votes
   return [
-    tally(candidates[index], by_name.get(request.name, too_long), judging.min_votes) for index, request in requests
+    tally(candidate, by_name.get(request.name, too_long), judging.min_votes)
+    for candidate, request in zip(candidates, requests, strict=True)
   ]
+
+
+def _sampled(
+  speaker: Speaker, engine: generator.Generator, requests: Sequence[generator.Request], rubric: templates.Rubric
+) -> dict[str, list[records.Vote]]:
+  return {
+    request.name: [
+      read_vote(speaker.tokenizer.decode(completion.tokens), completion.finished, rubric) for completion in completions
+    ]
+    for request, completions in engine.generate(requests)
+  }
+
+
+def _expected(
+  speaker: Speaker, engine: generator.Generator, requests: Sequence[generator.Request], rubric: templates.Rubric
+) -> dict[str, list[records.Vote]]:
+  head, options = score_options(speaker.tokenizer, rubric)
+  # Room for the head is part of max_new, which is larger than it.
+  longer = [dataclasses.replace(request, tokens=request.tokens + head, samples=1) for request in requests]
+  engine = dataclasses.replace(engine, max_prompt=engine.max_prompt + len(head))
+  found = {}
+  for request, probs in engine.option_probs(longer, list(options)):
+    score = sum(float(prob) * score for prob, score in zip(probs, options.values(), strict=True))
+    found[request.name] = [records.Vote(text=f"Score: {score:.3f} (expected)", score=score)]
+  return found

@@ -57,11 +57,12 @@ def draw(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, temperature: 
 def fan_out(cache: llama.Cache, samples: int, slots: int) -> llama.Cache:
   """The cache of R prompts for R · samples rows, with `slots` free slots behind: one prefill serves all samples."""
 
-  def widen(array: jax.Array, batch_axis: int) -> jax.Array:
+  def widen(array: jax.Array, batch_axis: int, slot_axis: int) -> jax.Array:
     array = jnp.repeat(array, samples, axis=batch_axis)
-    return jnp.pad(array, [(0, slots if axis == batch_axis + 1 else 0) for axis in range(array.ndim)])
+    return jnp.pad(array, [(0, slots if axis == slot_axis else 0) for axis in range(array.ndim)])
 
-  return llama.Cache(widen(cache.keys_LBSKH, 1), widen(cache.values_LBSKH, 1), widen(cache.valid_BS, 0), cache.cursor)
+  keys, values = widen(cache.keys_LBKHS, 1, 4), widen(cache.values_LBKSH, 1, 3)
+  return llama.Cache(keys, values, widen(cache.valid_BS, 0, 1), cache.cursor)
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "sampling", "eos_id", "dtype"))
@@ -127,3 +128,24 @@ def generate(
   )
   _, _, _, _, tokens_BG, counts_B = jax.lax.while_loop(unfinished, advance, start)
   return tokens_BG, counts_B
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def option_probs(
+  model: llama.Llama, prompts_RP: jax.Array, lengths_R: jax.Array, options_K: jax.Array, *, dtype: str
+) -> jax.Array:
+  """float32 [R, K]: how the model divides its next token's probability among K options (they sum to 1).
+
+  Args:
+    model: the model.
+    prompts_RP: int32, padded on the right.
+    lengths_R: number of real tokens in each prompt; rows of length 0 mean nothing.
+    options_K: int32, the token ids compared.
+    dtype: of the KV cache.
+  """
+  prompts, prompt_length = prompts_RP.shape
+  positions_RP = jnp.broadcast_to(jnp.arange(prompt_length), (prompts, prompt_length))
+  cache = llama.init_cache(model.config, prompts, prompt_length, dtype)
+  hidden_RPD, _ = model.cached(prompts_RP, positions_RP, positions_RP < lengths_R[:, None], cache)
+  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
+  return jax.nn.softmax(model.logits(last_RD)[:, options_K], axis=-1)

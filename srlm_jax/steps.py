@@ -149,8 +149,7 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
   """All steps of a run, in their order; the last one is the report."""
   made = _Plan(settings, workdir, mesh)
   made.seed_models()
-  last = max(settings.models)
-  for index in range(2, last + 1):
+  for index in range(2, settings.models + 1):
     made.iteration(index)
     made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "baseline"])))
   inputs = {step.folder: step.folder for step in made.steps}

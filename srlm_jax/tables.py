@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
   return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
   """Text that Markdown shows as it is."""
   for mark in "\\`*_[]|":
     text = text.replace(mark, f"\\{mark}")
@@ -101,8 +101,11 @@ def _line(cells: Sequence[str]) -> str:
 
 def markdown(table: Table) -> str:
   """The table in GitHub's Markdown, its title above and its note below."""
-  heads = [_escaped(column) + (" (paper)" if place in table.paper else "") for place, column in enumerate(table.columns)]
+  heads = [
+    escaped(column) + (" (paper)" if place in table.paper and len(table.paper) > 1 else "")
+    for place, column in enumerate(table.columns)
+  ]
   rules = ["---" if place in table.words else "---:" for place in range(len(table.columns))]
-  rows = [_line([_escaped(f"{cell.text} {cell.small}") for cell in cells]) for cells in table.rows]
-  parts = [f"### {_escaped(table.title)}", "\n".join([_line(heads), _line(rules), *rows])]
-  return "\n\n".join([*parts, _escaped(table.note)] if table.note else parts) + "\n"
+  rows = [_line([escaped(f"{cell.text} {cell.small}") for cell in cells]) for cells in table.rows]
+  parts = [f"### {escaped(table.title)}", "\n".join([_line(heads), _line(rules), *rows])]
+  return "\n\n".join([*parts, escaped(table.note)] if table.note else parts) + "\n"

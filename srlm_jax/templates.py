@@ -6,8 +6,8 @@ award, 0 to 5 without it. All else, other braces included, stays as written.
 
 Text that goes into a placeholder is not ours: a person or a model wrote it, perhaps in order to end the response early
 and put in a verdict. So `neutralise` turns the brackets of any delimiter in it into round ones, `</response>` into
-`(/response)`: visible, of the same length, and no delimiter any more. And only what the judge writes *after* the prompt is
-ever parsed: a `Score: 5` inside a response counts for nothing.
+`(/response)`: visible, of the same length, and no delimiter any more. And only what the judge writes *after* the prompt
+is ever parsed: a `Score: 5` inside a response counts for nothing.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _HEADER = re.compile(r"#\s*range\s*:(.*)", re.IGNORECASE)
 _SCORE_LINE = re.compile(r"[\s*_#>`-]*score[\s*_`]*:[\s*_`]*(.*)", re.IGNORECASE)
 _NUMBER = r"[0-9]{1,6}(?:\.[0-9]{1,6})?"
 _SCORE = re.compile(
-    rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
+  rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
 )
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 _NUMBERED = re.compile(r"^[ \t]*[0-9]{1,3}[.)](?:[ \t]+|$)", re.MULTILINE)
@@ -130,9 +130,9 @@ def load_rubric(name_or_path: str) -> Rubric:
 def parse_score(continuation: str, low: float, high: float) -> tuple[float | None, str]:
   """The score that a judge's continuation ends in: the last line of the form `Score: <number>`.
 
-  The line may be in any case, in markdown, and go on with "/5", "out of 5" or "points". Lines like `Score: <total points>`
-  hold no digit and are passed over; a last score line with anything else beside its number ("4 or 5") is not read, nor is
-  an earlier one in its place. Time is linear in the length.
+  The line may be in any case, in markdown, and go on with "/5", "out of 5" or "points". Lines like
+  `Score: <total points>` hold no digit and are passed over; a last score line with anything else beside its number
+  ("4 or 5") is not read, nor is an earlier one in its place. Time is linear in the length.
 
   Args:
     continuation: what the model wrote after the prompt, never the prompt.

@@ -1,13 +1,18 @@
 """One tokenizer over SentencePiece and Hugging Face files: text to token ids and back, safely and always the same.
 
-Special ids (begin, end, roles) come from us alone: untrusted text, an instruction or a response, never encodes to one, even
-where it spells `</s>` or `<|eot_id|>` out. A lone SentencePiece `.model` goes straight to SentencePiece: transformers 5
-would convert it into a tokenizer with other ids (it loses the space before the first word) that is slower, too.
+Special ids (begin, end, roles) come from us alone: untrusted text, an instruction or a response, never encodes to one,
+even where it spells `</s>` or `<|eot_id|>` out.
+
+Where a SentencePiece `tokenizer.model` is the whole vocabulary, SentencePiece itself encodes, be the file alone or in a
+Hugging Face folder. transformers 5 would convert it into a slower tokenizer with other ids than the model was trained
+on: it leaves out the space before the first word (the file alone), or splits runs of spaces, as in program code,
+otherwise (a folder without tokenizer.json).
 
 SentencePiece models like Llama 2's put a space before a text, so that "hello" is the piece "▁hello" wherever it stands;
 decoding takes it off again. Texts therefore come back from `decode(encode(text))` unchanged, as far as the model has
 pieces for their characters: Llama 2's has for all but "▁" itself, which comes back as a space. The way back from ids to
-the same ids does not hold: a model may sample other pieces for the same text. So sampled ids travel, never re-encoded text.
+the same ids does not hold: a model may sample other pieces for the same text. So sampled ids travel, never re-encoded
+text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -92,8 +97,8 @@ class Tokenizer:
       if not self.special_ids.isdisjoint(ids):
         special = sorted(self.special_ids.intersection(ids))
         raise ValueError(
-          f"the text {text[:80]!r} encodes to the special ids {special}: this tokenizer cannot keep them out of ordinary "
-          "text. Mark their tokens as special in tokenizer.json, or use another tokenizer."
+          f"the text {text[:80]!r} encodes to the special ids {special}: this tokenizer cannot keep them out of "
+          "ordinary text. Mark their tokens as special in tokenizer.json, or use another tokenizer."
         )
     return batch
 
@@ -127,8 +132,8 @@ def verify(tokenizer: Tokenizer, golden: Mapping[str, Any]) -> None:
   for text, ids in golden["encodings"].items():
     if (found := tokenizer.encode(text)) != list(ids):
       raise ValueError(
-        f"the tokenizer encodes {text!r} as {found}, it was {list(ids)} when the model was made: bring its files back, or "
-        "the versions of sentencepiece and transformers that it was made with."
+        f"the tokenizer encodes {text!r} as {found}, it was {list(ids)} when the model was made: bring its files back, "
+        "or the versions of sentencepiece and transformers that it was made with."
       )
 
 
@@ -141,7 +146,9 @@ def load(path: epath.PathLike) -> Tokenizer:
   path = epath.Path(path)
   if path.is_file():
     if path.suffix != ".model":
-      raise ValueError(f"{path} is no SentencePiece model (.model): name one, or the folder of a Hugging Face tokenizer.")
+      raise ValueError(
+        f"{path} is no SentencePiece model (.model): name one, or the folder of a Hugging Face tokenizer."
+      )
     return _sentencepiece(path.read_bytes(), path)
   files = {name: (path / name).read_bytes() for name in HUGGINGFACE_FILES if (path / name).exists()}
   if not files.keys().isdisjoint(HUGGINGFACE_FILES[:2]):
@@ -181,6 +188,22 @@ def _sentencepiece(content: bytes, path: epath.Path) -> Tokenizer:
   )
 
 
+def _pieces(files: Mapping[str, bytes]) -> sentencepiece.SentencePieceProcessor | None:
+  """The SentencePiece model among the files, if there is one (some folders have tiktoken's format by that name)."""
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=files[SENTENCEPIECE_FILE])
+  except (KeyError, RuntimeError):
+    return None
+
+
+def _is_whole(model: sentencepiece.SentencePieceProcessor, words: Any, special: frozenset[int]) -> bool:
+  """Whether SentencePiece encodes all that the fast tokenizer does, except special tokens, to the same ids."""
+  size = model.vocab_size()
+  same = words.convert_ids_to_tokens(list(range(size))) == [model.id_to_piece(i) for i in range(size)]
+  hidden = all(i >= size or model.is_control(i) or model.is_unknown(i) for i in special)
+  return same and hidden and all(i in special for i in range(size, len(words)))
+
+
 def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   """A fast tokenizer of transformers from the files of a folder."""
   from transformers import AutoTokenizer  # Here, as its import takes seconds that SentencePiece users need not wait.
@@ -188,45 +211,63 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:  # The folder may be remote, and nothing else in it shall matter.
     for name, content in files.items():
       (epath.Path(folder) / name).write_bytes(content)
-    words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-  _check_huggingface(words, files, path)
-  special = {i for i, token in words.added_tokens_decoder.items() if token.special} | set(words.all_special_ids)
-  if words.unk_token_id not in (words.bos_token_id, words.eos_token_id):
-    special.discard(words.unk_token_id)  # What unknown characters become is not for us to hide.
+    words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+  pieces = _pieces(files)
+  _check_huggingface(words, pieces, path)
+  special = _special_ids(words)
+  whole = pieces if pieces and _is_whole(pieces, words, special) else None
   fill = (words.pad_token_id, words.unk_token_id, words.eos_token_id)
 
   def encode(texts: Sequence[str]) -> Batch:
+    if whole:
+      return whole.encode(list(texts))
     return words(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+  def decode(ids: list[int]) -> str:
+    if whole:
+      return whole.decode(ids)
+    return words.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
   def render(message: str) -> str:
-    return words.apply_chat_template(
-      [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-    )
+    # Some templates show the date; a fixed one keeps the prompts of all stages alike.
+    chat = [{"role": "user", "content": message}]
+    return words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
 
   return Tokenizer(
     vocab_size=len(words),
     bos_id=words.bos_token_id,
     eos_id=words.eos_token_id,
     pad_id=next(i for i in fill if i is not None),
-    special_ids=frozenset(special),
+    special_ids=special,
     files=files,
     adds_space=words.convert_ids_to_tokens(encode(["a"])[0])[0].startswith("▁"),
     chat_template=render if words.chat_template else None,
     _encode=encode,
     _encode_trusted=lambda text: words(text, add_special_tokens=False, split_special_tokens=False)["input_ids"],
-    _decode=lambda ids: words.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+    _decode=decode,
   )
 
 
-def _check_huggingface(words: Any, files: Mapping[str, bytes], path: epath.Path) -> None:
+def _special_ids(words: Any) -> frozenset[int]:
+  """The ids of all special tokens; added tokens that the chat template spells out are made special, if they are not."""
+  from tokenizers import AddedToken
+
+  template = str(words.chat_template or "")
+  roles = [t.content for t in words.added_tokens_decoder.values() if not t.special and t.content.strip() in template]
+  words.add_tokens([AddedToken(role, special=True, normalized=False) for role in roles if role.strip()], True)
+  special = {i for i, token in words.added_tokens_decoder.items() if token.special} | set(words.all_special_ids)
+  if words.unk_token_id not in (words.bos_token_id, words.eos_token_id):
+    special.discard(words.unk_token_id)  # It stands for unknown characters of ordinary text.
+  return frozenset(special)
+
+
+def _check_huggingface(words: Any, pieces: sentencepiece.SentencePieceProcessor | None, path: epath.Path) -> None:
   """ValueError where transformers made something else of a folder than what its model was trained with."""
   if not words.is_fast:
     raise ValueError(f"{path} has no fast tokenizer: write its tokenizer.json with transformers first.")
+  if pieces and len(words) < pieces.vocab_size():  # transformers 5 reads some folders as a tokenizer of three tokens.
+    raise ValueError(
+      f"transformers reads {len(words)} tokens of the {pieces.vocab_size()} in {path / SENTENCEPIECE_FILE}: add the "
+      f"folder's tokenizer.json, or keep {SENTENCEPIECE_FILE} alone, without tokenizer_config.json."
+    )
   _check_ends(words.bos_token_id, words.eos_token_id, path)
-  if SENTENCEPIECE_FILE in files:
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=files[SENTENCEPIECE_FILE]).vocab_size()
-    if len(words) < pieces:  # Older and newer class names in tokenizer_config.json can yield an empty tokenizer.
-      raise ValueError(
-        f"transformers reads {len(words)} tokens of the {pieces} in {path / SENTENCEPIECE_FILE}: add the folder's "
-        f"tokenizer.json, or keep {SENTENCEPIECE_FILE} alone, without tokenizer_config.json."
-      )

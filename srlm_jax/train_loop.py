@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 import functools
 import json
+import logging
 import time
 
-from absl import logging
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax import checkpoint, llama, mesh as mesh_lib, train_step
+
+logger = logging.getLogger(__name__)
 
 
 def abstract_state(
@@ -60,7 +62,7 @@ def train(
   found = store.restore(abstract)
   if found:
     first, state = found
-    logging.info("%s: goes on from step %d of %d", folder, first, optimizer.steps)
+    logger.info("%s: goes on from step %d of %d", folder, first, optimizer.steps)
   else:
     init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
     first, state = 0, init(model)
@@ -101,7 +103,7 @@ def _report(log, folder, pending, steps, first, rates, started, said) -> float:
   now = time.monotonic()
   if step in (1, steps) or now - said > 10:
     rate = (step - first) / (now - started)
-    logging.info("%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left", folder, step, steps, values["loss"], rate, (steps - step) / rate)
+    logger.info("%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left", folder, step, steps, values["loss"], rate, (steps - step) / rate)
     return now
   return said
 

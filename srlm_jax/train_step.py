@@ -1,6 +1,6 @@
 """The train steps: pure functions from a state and a batch to the next state and metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -42,6 +42,11 @@ class TrainState:
   model: llama.Llama
   opt_state: Any
   step: jax.Array
+
+
+def count_steps(section: Mapping[str, Any], rows: int) -> int:
+  """Steps of a training section of the configuration: `steps`, or `epochs` over the rows but at least `min_steps`."""
+  return section["steps"] or max(-(-rows * section["epochs"] // section["batch"]), section["min_steps"])
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -40,7 +40,7 @@ JUDGED_AS = {0: "lost", 1: "worse", 2: "worse", 3: "human", 4: "human", 5: "flaw
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """How much of everything. The pretraining text is about 3 million tokens, 2,000 steps of 16 rows of 112."""
+  """How much of everything. The pretraining text is about 2 million tokens, 1,200 steps of 16 rows of 112."""
 
   member_lists: int = 3000
   task_lists: int = 8000

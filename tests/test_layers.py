@@ -12,12 +12,12 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
-  "data": "records templates filters metrics oasst eft pairing world world_files config",
+  "data": "records templates filters metrics oasst eft pairing world world_files paper tables plots config",
   "arrays": "mesh tokenizer chat batching dataset",
   "model": "llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": "artifacts checkpoint generator rollout train_loop grading pairset",
-  "shared by stages": "modelstore finetune report",
+  "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report",
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"

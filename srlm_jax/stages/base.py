@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import json
+import logging
 
-from absl import logging
 from etils import epath
 import jax
 from ml_collections import config_dict
@@ -24,6 +24,8 @@ from srlm_jax import (
   train_loop,
   train_step,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def _fresh_config(settings: config_dict.ConfigDict, words: tokenizer.Tokenizer) -> llama.LlamaConfig:
@@ -79,8 +81,8 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     dataset.write(folder, rows)
     tokens = sum(len(example.tokens) for example in examples)
     section = settings.pretrain
-    steps = section.steps or -(-len(rows) * section.epochs // section.batch)
-    logging.info("base: %d documents, %d tokens in %d rows, %d steps", len(examples), tokens, len(rows), steps)
+    steps = train_step.count_steps(section, len(rows))
+    logger.info("base: %d documents, %d tokens in %d rows, %d steps", len(examples), tokens, len(rows), steps)
     model = train_loop.train(
       model=model,
       loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),

@@ -1,8 +1,8 @@
 """dpo: M_{t+1} from M_t, over stored reference log-probs: one model in memory (paper §2.4)."""
 
 import functools
+import logging
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
@@ -19,14 +19,16 @@ from srlm_jax import (
   train_step,
 )
 
+logger = logging.getLogger(__name__)
+
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Trains the input "parent" on the input "pairs"."""
   pairs, section = out.inputs["pairs"], settings.dpo
   words = modelstore.load_tokenizer(out.inputs["parent"])
   count = pairs.manifest()["facts"]["pairs"]
-  steps = section.steps or -(-count * section.epochs // section.batch)
-  logging.info("%s: %d pairs, %d steps", out.folder, count, steps)
+  steps = train_step.count_steps(section, count)
+  logger.info("%s: %d pairs, %d steps", out.folder, count, steps)
   model = train_loop.train(
     model=modelstore.load(out.inputs["parent"], settings, mesh, train=True),
     loss_fn=functools.partial(train_step.dpo_loss, chunk=settings.model.logits_chunk, beta=section.beta),
@@ -50,7 +52,7 @@ def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict,
   if "eft" in out.inputs:
     examples += out.inputs["eft"].read("eft.jsonl", records.SFTExample)
   best = pairing.perfect(groups, rollout.judging(settings.judge).rubric.high)
-  logging.info("%s: %d answers with the full score are added to %d examples", out.folder, len(best), len(examples))
+  logger.info("%s: %d answers with the full score are added to %d examples", out.folder, len(best), len(examples))
   examples += [
     records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text) for one in best
   ]

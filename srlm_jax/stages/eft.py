@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import logging
 import random
 
-from absl import logging
 from etils import epath
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, eft, modelstore, records, rollout
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -28,9 +30,9 @@ def run(
     examples = random.Random(settings.seed).sample(examples, section.max_examples)
     counts["kept at random (eft.max_examples)"] = len(examples)
   for reason, count in counts.items():
-    logging.info("eft: %s: %d", reason, count)
+    logger.info("eft: %s: %d", reason, count)
   if not examples:
-    logging.warning("eft: no judgement was accepted, so M1 learns from IFT alone. The counts above say why.")
+    logger.warning("eft: no judgement was accepted, so M1 learns from IFT alone. The counts above say why.")
   out.write_records("eft.jsonl", examples)
   out.commit({"counts": counts, "examples": len(examples), "writer": section.writer})
 
@@ -40,7 +42,7 @@ def _from_baseline(
 ) -> tuple[list[records.SFTExample], dict[str, int]]:
   """The paper's construction: each vote of a reply is an attempt, accepted where the scores order as people did."""
   section = settings.eft
-  judging = dataclasses.replace(rollout.judging(settings.judge), votes=section.attempts)
+  judging = dataclasses.replace(rollout.judging(settings.judge), votes=section.attempts, min_votes=1, method="sampled")
   ranked = out.inputs["seed"].read("ranked_train.jsonl", records.RankedReplies)
   replies = [(one, place) for one in ranked for place in range(len(one.replies))]
   speaker = functools.cache(lambda: modelstore.speaker(out.inputs["baseline"], settings, mesh))

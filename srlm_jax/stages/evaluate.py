@@ -4,13 +4,15 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import json
+import logging
 from typing import Any
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, grading, metrics, modelstore, records, rollout, sampling, templates, world
+
+logger = logging.getLogger(__name__)
 
 
 def _duels(
@@ -120,7 +122,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   if grader:
     facts["duels"] = _duels(out, answers, grader)
   out.write("metrics.json", json.dumps(facts, indent=1))
-  logging.info("%s: %s", out.folder, _headline(facts))
+  logger.info("%s: %s", out.folder, _headline(facts))
   out.commit(facts)
 
 

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 import functools
+import logging
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, modelstore, records, rollout
+
+logger = logging.getLogger(__name__)
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -29,5 +31,5 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     "without a score": sum(judgement.score is None for judgement in judgements),
     **{f"votes, {reason}": number for reason, number in sorted(votes.items())},
   }
-  logging.info("%s: %s", out.folder, counts)
+  logger.info("%s: %s", out.folder, counts)
   out.commit({"counts": counts, "rubric": judging.rubric.digest})

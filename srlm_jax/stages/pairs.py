@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 import json
+import logging
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, chat, modelstore, pairing, pairset, records, tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def _records(
@@ -47,7 +49,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   found, counts = pairing.pair_up(groups, settings.pairs.margin)
   pairs, left_out = _records(found, words, settings.chat, settings.model.max_length)
   counts += left_out
-  logging.info("%s: %s", out.folder, dict(counts))
+  logger.info("%s: %s", out.folder, dict(counts))
   if len(pairs) < max(settings.pairs.min_pairs, 1):
     raise ValueError(
       f"{out.folder}: {len(pairs)} preference pairs, pairs.min_pairs={settings.pairs.min_pairs} are needed: {dict(counts)}. "

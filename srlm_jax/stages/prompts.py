@@ -3,13 +3,15 @@
 from collections import Counter
 import functools
 import json
+import logging
 import random
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, filters, generator, modelstore, records, rollout, sampling, templates
+
+logger = logging.getLogger(__name__)
 
 
 def _demonstrations(
@@ -99,11 +101,11 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
       out.write_records(name, items)
     kept += fresh
     totals.update(counts)
-    logging.info("%s: %d of %d prompts after %d completions", out.folder, len(kept), section.count, totals["completions"])
+    logger.info("%s: %d of %d prompts after %d completions", out.folder, len(kept), section.count, totals["completions"])
   for reason, number in sorted(totals.items()):
-    logging.info("%s: %s: %d", out.folder, reason, number)
+    logger.info("%s: %s: %d", out.folder, reason, number)
   if not kept:
     raise ValueError(f"{out.folder}: no new prompt passed the filters, see the counts above; change prompts.* or the writer.")
   if len(kept) < section.count:
-    logging.warning("%s: only %d of %d prompts: prompts.max_proposals is used up", out.folder, len(kept), section.count)
+    logger.warning("%s: only %d of %d prompts: prompts.max_proposals is used up", out.folder, len(kept), section.count)
   out.commit({"counts": dict(totals), "prompts": len(kept)})

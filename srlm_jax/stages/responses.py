@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 import functools
+import logging
 
-from absl import logging
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, modelstore, records, rollout, sampling
+
+logger = logging.getLogger(__name__)
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -28,5 +30,5 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     "cut by the length limit": sum(not response.finished for response in responses),
     "tokens": sum(len(response.tokens) for response in responses),
   }
-  logging.info("%s: %s", out.folder, counts)
+  logger.info("%s: %s", out.folder, counts)
   out.commit({"counts": counts, "tokenizer": modelstore.load_tokenizer(out.inputs["model"]).digest})

@@ -1,10 +1,13 @@
 """seed: IFT, ranked replies for EFT, and evaluation prompts from Open Assistant trees (paper §3.1.1)."""
 
-from absl import logging
+import logging
+
 from etils import epath
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, eft, oasst, records
+
+logger = logging.getLogger(__name__)
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[str, epath.Path]) -> None:
@@ -31,7 +34,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
     eft.no_overlap([example.prompt for example in split.ift], heldout_texts)
   counts = {**read_counts, **split.counts}
   for reason, count in sorted(counts.items()):
-    logging.info("seed: %s: %d", reason, count)
+    logger.info("seed: %s: %d", reason, count)
   out.write_records("ift.jsonl", split.ift)
   out.write_records("ranked_train.jsonl", split.ranked_train)
   out.write_records("ranked_heldout.jsonl", split.ranked_heldout)

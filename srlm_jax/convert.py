@@ -1,0 +1,391 @@
+"""Hugging Face Llama folders to our model and back, bit by bit and without torch.
+
+Their projections are matrices (out, in), one per layer; ours are stacked over the layers and keep heads apart.  Import
+reads for each device its own part of each tensor, export holds one file's tensors at a time, so that neither needs the
+memory of a whole model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from typing import Any
+
+from etils import epath
+from flax import nnx
+import huggingface_hub
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # Gives numpy, and so safetensors, bfloat16.
+import numpy as np
+import safetensors.numpy
+
+from srlm_jax import llama, mesh as mesh_lib, tokenizer
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")  # Fields of config.json that a model alone does not know.
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How one of our parameters lies in a Hugging Face folder.
+
+  Attributes:
+    name: of their tensor, or of each layer's, {} being the layer.
+    dims: for each of its dimensions those of ours that it merges, outermost first (a layer's, the stacking left out).
+  """
+
+  name: str
+  dims: tuple[tuple[int, ...], ...]
+
+  @property
+  def stacked(self) -> bool:
+    """Whether each layer has a tensor of its own."""
+    return "{}" in self.name
+
+  @property
+  def order(self) -> tuple[int, ...]:
+    """Our dimensions in the order of theirs."""
+    return tuple(dim for group in self.dims for dim in group)
+
+  def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+    """Their shape, given ours (of one layer)."""
+    return tuple(math.prod(ours[dim] for dim in group) for group in self.dims)
+
+
+LAYOUTS = {
+  "embedding": Layout("model.embed_tokens.weight", ((0,), (1,))),
+  "layers.attention_norm": Layout("model.layers.{}.input_layernorm.weight", ((0,),)),
+  "layers.q": Layout("model.layers.{}.self_attn.q_proj.weight", ((1, 2, 3), (0,))),
+  "layers.k": Layout("model.layers.{}.self_attn.k_proj.weight", ((1, 2), (0,))),
+  "layers.v": Layout("model.layers.{}.self_attn.v_proj.weight", ((1, 2), (0,))),
+  "layers.o": Layout("model.layers.{}.self_attn.o_proj.weight", ((3,), (0, 1, 2))),
+  "layers.ffw_norm": Layout("model.layers.{}.post_attention_layernorm.weight", ((0,),)),
+  "layers.gate": Layout("model.layers.{}.mlp.gate_proj.weight", ((1,), (0,))),
+  "layers.up": Layout("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
+  "layers.down": Layout("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
+  "norm": Layout("model.norm.weight", ((0,),)),
+  "head": Layout("lm_head.weight", ((1,), (0,))),
+}
+
+
+def _map_params(model: llama.Llama, change: Callable[[str, nnx.Param], Any]) -> llama.Llama:
+  """The model with each parameter's array replaced by change("layers.q", parameter)."""
+
+  def one(path: tuple[Any, ...], param: nnx.Param) -> Any:
+    return param.replace(change(".".join(part.name for part in path), param))
+
+  return jax.tree_util.tree_map_with_path(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _params(model: llama.Llama) -> dict[str, nnx.Param]:
+  """{"layers.q": parameter, …} in the order of LAYOUTS."""
+  found: dict[str, nnx.Param] = {}
+  _map_params(model, found.__setitem__)
+  return {name: found[name] for name in LAYOUTS if name in found}
+
+
+def _rope_scaling(fields: Mapping[str, Any], path: epath.Path) -> llama.RopeScaling | None:
+  kind = fields.get("rope_type", fields.get("type", "default"))
+  if kind == "default":
+    return None
+  if kind != "llama3":
+    raise ValueError(f"{path}: rope type {kind!r}: only 'default' and 'llama3' are implemented. Use another model.")
+  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+  if missing := [name for name in names if name not in fields]:
+    raise ValueError(f"{path}: its rope scaling does not state {', '.join(missing)}. Add them.")
+  factor, low, high, length = (fields[name] for name in names)
+  return llama.RopeScaling(float(factor), float(low), float(high), int(length))
+
+
+def read_config(folder: epath.PathLike) -> llama.LlamaConfig:
+  """The sizes that a folder's config.json states, in the style of transformers 5 or of older ones.
+
+  The dtype of the file becomes both that of the parameters and that of computation.
+
+  Raises:
+    ValueError: there is no config.json, or it asks for what our Llama does not have.
+  """
+  path = epath.Path(folder) / "config.json"
+  if not path.exists():
+    raise ValueError(f"{path} is missing: name a folder with a Llama model in Hugging Face's format.")
+  fields = json.loads(path.read_text())
+  for name, value in FIXED.items():
+    if fields.get(name, value) != value:
+      raise ValueError(f"{path}: {name} is {fields[name]!r}, only {value!r} is implemented. Use another model.")
+  if missing := [name for name in REQUIRED if name not in fields]:
+    raise ValueError(f"{path} does not state {', '.join(missing)}: is it the config.json of a Llama?")
+  # One of the two holds it all in transformers 5, older ones keep theta beside the scaling.
+  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+  dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+  heads, embed = fields["num_attention_heads"], fields["hidden_size"]
+  return llama.LlamaConfig(
+    vocab_size=fields["vocab_size"],
+    embed=embed,
+    layers=fields["num_hidden_layers"],
+    heads=heads,
+    kv_heads=fields.get("num_key_value_heads") or heads,
+    head_dim=fields.get("head_dim") or embed // heads,
+    ffw=fields["intermediate_size"],
+    max_length=fields.get("max_position_embeddings", 2048),
+    rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
+    rope_scaling=_rope_scaling(rope, path),
+    norm_eps=fields.get("rms_norm_eps", 1e-6),
+    tied=fields.get("tie_word_embeddings", False),
+    dtype=dtype,
+    param_dtype=dtype,
+  )
+
+
+# Import
+
+
+def _weight_files(folder: epath.Path) -> list[epath.Path]:
+  """The safetensors files of a folder; ValueError where there are none or only pickles."""
+  if "://" in os.fspath(folder):
+    raise ValueError(f"{folder}: tensors are read from a local disk alone. Copy the folder there first.")
+  if (folder / INDEX).exists():
+    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).exists()]:
+      raise ValueError(f"{folder}: {INDEX} names files that are missing: {', '.join(missing)}. Download them again.")
+    return [folder / name for name in names]
+  if (folder / WEIGHTS).exists():
+    return [folder / WEIGHTS]
+  if pickles := sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern)):
+    raise ValueError(
+      f"{folder} has pickled weights only ({', '.join(pickles[:3])}): unpickling can run anybody's code, so they are "
+      "refused. Use the model's safetensors files."
+    )
+  raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: name a folder with a model's safetensors files.")
+
+
+def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+  """{name: slice that reads on demand} of all tensors in a folder, open until the stack closes."""
+  tensors: dict[str, Any] = {}
+  for path in _weight_files(folder):
+    file = stack.enter_context(safetensors.safe_open(os.fspath(path), framework="numpy"))
+    tensors |= {name: file.get_slice(name) for name in file.keys()}
+  return tensors
+
+
+def _check_names(folder: epath.Path, expected: set[str], found: Iterable[str], tied: bool) -> None:
+  def some(names: set[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+  # Old exports hold rotary tables, and some a copy of a tied head: neither is a parameter.
+  ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
+  if missing := expected - set(found):
+    raise ValueError(f"{folder}: {len(missing)} tensors are missing: {some(missing)}. Is the download complete?")
+  if extra := set(found) - expected - ignored:
+    raise ValueError(f"{folder}: {len(extra)} tensors that a Llama has not: {some(extra)}. Use another model.")
+
+
+def _read_part(tensor: Any, layout: Layout, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+  """A block of one of our parameters (of one layer), from just the rows and columns of their tensor that hold it."""
+  slices, sizes, rest = [], [], []
+  for first, *inner in layout.dims:
+    start, stop = bounds[first]
+    step = math.prod(shape[dim] for dim in inner)
+    slices.append(slice(start * step, stop * step))
+    sizes += [stop - start, *(shape[dim] for dim in inner)]
+    rest += [slice(None), *(slice(*bounds[dim]) for dim in inner)]
+  block = tensor[tuple(slices)].reshape(sizes)[tuple(rest)]
+  return block.transpose(np.argsort(layout.order))
+
+
+def _load(tensors: Mapping[str, Any], layout: Layout, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
+  """One of our parameters, each device's part read alone."""
+  shape, dtype = param.shape, param.dtype
+
+  @functools.cache  # Devices that hold the same part, as over the "data" axis, read it once.
+  def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    if not layout.stacked:
+      return _read_part(tensors[layout.name], layout, shape, bounds).astype(dtype)
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    for row, layer in enumerate(range(*bounds[0])):
+      out[row] = _read_part(tensors[layout.name.format(layer)], layout, shape[1:], bounds[1:])
+    return out
+
+  def place(index: tuple[slice, ...] | None) -> np.ndarray:
+    return part(tuple(along.indices(size)[:2] for along, size in zip(index or (), shape, strict=True)))
+
+  return jax.make_array_from_callback(shape, sharding, place)
+
+
+def import_hf(
+  folder: epath.PathLike, mesh: jax.sharding.Mesh | None = None, dtype: jax.typing.DTypeLike | None = None
+) -> llama.Llama:
+  """The Llama of a local Hugging Face folder, from safetensors alone.
+
+  Args:
+    folder: config.json and model.safetensors, or its shards and their index.
+    mesh: over which the parameters are split; without one they go to the first device.
+    dtype: of the parameters and of computation; by default that of the tensors (the widest of several).
+
+  Raises:
+    ValueError: weights in pickles, a model that is no Llama, missing or unknown tensors, or wrong shapes.
+  """
+  folder = epath.Path(folder)
+  config = read_config(folder)
+  with contextlib.ExitStack() as stack:
+    tensors = _open(folder, stack)
+    stored = _stored_dtype(folder, tensors)
+    kind = jnp.dtype(dtype or stored).name
+    config = dataclasses.replace(config, dtype=kind, param_dtype=kind)
+    abstract = jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0)))
+    expected = _theirs(abstract, kind)
+    _check_names(folder, set(expected), tensors, config.tied)
+    for name, want in expected.items():
+      if (have := tuple(tensors[name].get_shape())) != want.shape:
+        raise ValueError(
+          f"{folder}: {name} has shape {have}, config.json makes it {want.shape}: the two are of different models."
+        )
+    if mesh is None:
+      one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, one))
+    shardings = _params(mesh_lib.shardings(abstract, mesh))
+    return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, shardings[name].get_value()))
+
+
+def _stored_dtype(folder: epath.Path, tensors: Mapping[str, Any]) -> np.dtype:
+  kinds = {tensor.get_dtype() for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+  if unknown := kinds - DTYPES.keys():
+    raise ValueError(f"{folder}: tensors of type {sorted(unknown)}, only {sorted(DTYPES)} are read. Is it quantised?")
+  return functools.reduce(jnp.promote_types, (jnp.dtype(DTYPES[kind]) for kind in kinds))
+
+
+# Export
+
+
+def _sources(model: llama.Llama) -> dict[str, tuple[Layout, nnx.Param, int | None]]:
+  """Each of their tensors by name: our parameter that it comes from, its layout, and the layer where it is stacked."""
+  return {
+    LAYOUTS[name].name.format(layer): (LAYOUTS[name], param, layer)
+    for name, param in _params(model).items()
+    for layer in (range(model.config.layers) if LAYOUTS[name].stacked else (None,))
+  }
+
+
+def _theirs(model: llama.Llama, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+  """Names and shapes of a model's tensors in a Hugging Face folder."""
+  return {
+    name: jax.ShapeDtypeStruct(layout.shape(param.shape[layout.stacked :]), dtype)
+    for name, (layout, param, _) in _sources(model).items()
+  }
+
+
+def _fetch(layout: Layout, param: nnx.Param, layer: int | None, dtype: np.dtype) -> np.ndarray:
+  """One of their tensors on the host; in several processes all of them take part and all get it."""
+  array = param[...] if layer is None else param[...][layer]
+  if array.is_fully_addressable:
+    ours = np.asarray(array)
+  else:
+    ours = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+  return np.ascontiguousarray(ours.transpose(layout.order).reshape(layout.shape(ours.shape)), dtype)
+
+
+def _config_json(config: llama.LlamaConfig, dtype: str, carried: Mapping[str, Any]) -> dict[str, Any]:
+  """config.json that transformers 5 and older ones read alike."""
+  scaling: dict[str, Any] | None = None
+  if config.rope_scaling:
+    scaling = {
+      "rope_type": "llama3",
+      "factor": config.rope_scaling.factor,
+      "low_freq_factor": config.rope_scaling.low_freq_factor,
+      "high_freq_factor": config.rope_scaling.high_freq_factor,
+      "original_max_position_embeddings": config.rope_scaling.original_max_length,
+    }
+  return {
+    "architectures": ["LlamaForCausalLM"],
+    **FIXED,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed,
+    "num_hidden_layers": config.layers,
+    "num_attention_heads": config.heads,
+    "num_key_value_heads": config.kv_heads,
+    "head_dim": config.head_dim,
+    "intermediate_size": config.ffw,
+    "max_position_embeddings": config.max_length,
+    "rms_norm_eps": config.norm_eps,
+    "tie_word_embeddings": config.tied,
+    "rope_theta": config.rope_theta,
+    "rope_scaling": scaling,
+    "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+    "torch_dtype": dtype,
+    "dtype": dtype,
+    **carried,
+  }
+
+
+def _carry(config: llama.LlamaConfig, source: epath.Path, folder: epath.Path) -> dict[str, Any]:
+  """Copies tokenizer and generation_config.json into an export; returns the fields of config.json that go with them."""
+  words = tokenizer.load(source)
+  if words.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"the tokenizer in {source} has {words.vocab_size} tokens, the model's embedding {config.vocab_size} rows: "
+      "name the folder of the model's own tokenizer."
+    )
+  words.save(folder)
+  fields: dict[str, Any] = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
+  if (source / "generation_config.json").exists():
+    (source / "generation_config.json").copy(folder / "generation_config.json", overwrite=True)
+  if (source / "config.json").exists():  # Llama 3 has several end tokens, which only this file lists.
+    stated = json.loads((source / "config.json").read_text())
+    fields |= {name: stated[name] for name in CARRIED if stated.get(name) is not None}
+  return fields
+
+
+def export_hf(
+  model: llama.Llama,
+  folder: epath.PathLike,
+  tokenizer_folder: epath.PathLike | None = None,
+  max_shard: int | str = "5GB",
+  dtype: jax.typing.DTypeLike | None = None,
+) -> None:
+  """Writes a model as a Hugging Face folder: model.safetensors, or shards with their index, and config.json last.
+
+  In several processes all must call it; process 0 writes.
+
+  Args:
+    model: any `Llama`, on whatever mesh.
+    folder: made where missing; it must not hold weights yet.
+    tokenizer_folder: a SentencePiece or Hugging Face tokenizer's, whose files are copied beside the weights, and
+      generation_config.json with them.
+    max_shard: most bytes of one file.
+    dtype: to store; by default the parameters' own, bit by bit.
+  """
+  folder = epath.Path(folder)
+  writes = jax.process_index() == 0
+  if writes:
+    if held := sorted(path.name for path in folder.glob("*.safetensors")):
+      raise ValueError(f"{folder} already holds weights ({held[0]}, …): export into an empty folder, or delete them.")
+    folder.mkdir(parents=True, exist_ok=True)
+  stored = jnp.dtype(dtype or model.config.param_dtype)
+  carried = _carry(model.config, epath.Path(tokenizer_folder), folder) if tokenizer_folder and writes else {}
+  plan = huggingface_hub.split_state_dict_into_shards_factory(
+    _theirs(model, stored),
+    get_storage_size=lambda tensor: tensor.size * tensor.dtype.itemsize,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=max_shard,
+  )
+  sources = _sources(model)
+  for file, names in plan.filename_to_tensors.items():
+    tensors = {name: _fetch(*sources[name], stored) for name in names}
+    if writes:
+      (folder / file).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+  if not writes:
+    return
+  if plan.is_sharded:
+    index = {"metadata": plan.metadata | {"format": "pt"}, "weight_map": plan.tensor_to_filename}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+  config = _config_json(model.config, stored.name, carried)
+  (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,342 @@
+"""The report of a run: collects what the finished artifacts say, and writes it as one page and as Markdown.
+
+Everything that a model or a person wrote is escaped by the template; nothing is fetched from anywhere.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import datetime
+import importlib.resources
+import json
+from typing import Any
+
+import jinja2
+from ml_collections import config_dict
+
+from srlm_jax import artifacts, config, diagnostics, excerpts, findings, lineage, paper, plots, records, tables, world
+from srlm_jax.tables import Table
+
+Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifact, in the order of the stages.
+
+# Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
+UNSTATED = (
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap"),
+  *(
+    f"{stage}.{key}"
+    for stage in ("sft", "dpo")
+    for key in ("epochs", "steps", "min_steps", "warmup", "weight_decay", "b2", "clip", "pack")
+  ),
+  *("dpo.decay", "eft.by", "eft.attempts", "eft.max_share", "eft.max_examples"),
+  *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples"),
+  *(f"{stage}.sampling.max_new" for stage in ("prompts", "responses", "judge", "evaluate")),
+)
+MACHINE = (
+  *("seed", "mesh.", "generation.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
+  *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk")),
+  *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+  """A figure (an SVG element) and what it shows."""
+
+  svg: str
+  caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """A part of the report with its own anchor."""
+
+  name: str
+  title: str
+  text: str = ""
+  tables: tuple[Table, ...] = ()
+  plots: tuple[Plot, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """All that the page shows, as plain data.
+
+  Attributes:
+    title: of the page.
+    facts: (what, value) of the run as a whole.
+    warnings: what a reader must know before any figure.
+    summary: the run in a few sentences.
+    cards: (model, [(value, what)]) at the top.
+    sections: the tables and figures.
+    tree: the tree of the models in text.
+    diagram: the same, drawn.
+    models: the same with all digests.
+    heldout: held-out instructions with each model's answer.
+    rounds: (title, exchanges) of each iteration.
+    eft: some judge prompts with their judgements.
+    unreadable: some votes without a score.
+    headline: the main figures, for the manifest.
+  """
+
+  title: str
+  facts: tuple[tuple[str, str], ...]
+  warnings: tuple[str, ...]
+  summary: tuple[str, ...]
+  cards: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+  sections: tuple[Section, ...]
+  tree: str
+  diagram: lineage.Diagram
+  models: Table
+  heldout: tuple[excerpts.Exchange, ...]
+  rounds: tuple[tuple[str, tuple[excerpts.Exchange, ...]], ...]
+  eft: tuple[excerpts.Verdict, ...]
+  unreadable: tuple[excerpts.Verdict, ...]
+  headline: dict[str, Any]
+
+
+def _wall_time(finished: Finished) -> str:
+  """The sum of the stages' seconds; where they did not record them, the time from the first commit to the last."""
+  made = [artifact.manifest()["made"] for artifact in finished.values()]
+  if made and all("seconds" in one for one in made):
+    return tables.duration(sum(one["seconds"] for one in made))
+  times = [datetime.datetime.fromisoformat(one["at"]) for one in made]
+  return (
+    f"{tables.duration((max(times) - min(times)).total_seconds())} from the first commit to the last" if times else "–"
+  )
+
+
+def run_facts(finished: Finished, settings: config_dict.ConfigDict, planned: int) -> tuple[tuple[str, str], ...]:
+  """What run this is."""
+  made = [artifact.manifest()["made"] for artifact in finished.values()]
+  base = finished["m0"].manifest()["facts"] if "m0" in finished else {}
+  size = f", {base['parameters']:,} parameters" if base else ""
+  grader = {
+    "oracle": "the world's oracle",
+    "judge": f"{lineage.label(settings.evaluate.judge)} as pairwise judge",
+    "none": "nobody",
+  }
+  return (
+    ("M0", f"{settings.base.size} ({settings.base.kind}{size})"),
+    ("seed", str(settings.seed)),
+    (
+      "method",
+      f"{settings.dpo.method}, β {settings.dpo.beta:g}, N {settings.responses.n}, {settings.judge.votes} votes",
+    ),
+    ("judge prompt", str(settings.judge.rubric)),
+    ("duels decided by", grader.get(settings.evaluate.grader, settings.evaluate.grader)),
+    ("finished", max((one["at"] for one in made), default="–").replace("T", " ").replace("Z", " UTC")),
+    ("time", _wall_time(finished)),
+    ("steps done", f"{len(finished)} of {planned}"),
+    ("JAX", ", ".join(sorted({one["jax"] for one in made})) or "–"),
+  )
+
+
+def _kind(key: str) -> str:
+  """Whose default a setting has: "paper", "ours" or "machine"."""
+  for kind, prefixes in (("ours", UNSTATED), ("machine", MACHINE)):
+    if any(key == prefix or (prefix.endswith(".") and key.startswith(prefix)) for prefix in prefixes):
+      return kind
+  return "paper"
+
+
+def deviations_table(settings: config_dict.ConfigDict) -> Table:
+  """All settings that are not the base configuration's, the paper's own first; `settings.reasons` may say why."""
+  flat, base = artifacts.flatten(settings.to_dict()), artifacts.flatten(config.base().to_dict())
+  reasons = {key.removeprefix("reasons."): str(flat.pop(key)) for key in list(flat) if key.startswith("reasons.")}
+  changed = [key for key in dict.fromkeys([*base, *flat]) if key != "name" and base.get(key) != flat.get(key)]
+
+  def show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else tables.MISSING
+
+  kinds = {key: _kind(key) if key in base else "ours" for key in changed}
+  order = ("paper", "ours", "machine")
+  rows = [
+    tables.row(key, kinds[key], show(base, key), show(flat, key), *([reasons.get(key, "")] if reasons else []))
+    for key in sorted(changed, key=lambda key: order.index(kinds[key]))
+  ]
+  note = (
+    "Whose default it is: the paper's; ours, where the paper is silent; or a matter of files and machines, not of the "
+    "method. The comments of the configuration say more."
+  )
+  columns = ("setting", "whose", "default", "here", *(["reason"] if reasons else []))
+  return Table(
+    "deviations",
+    "Settings that differ from the base configuration",
+    columns,
+    tuple(rows),
+    note,
+    words=tuple(range(len(columns))),
+  )
+
+
+def curves(finished: Finished) -> dict[str, dict[str, list[float]]]:
+  """The training metrics of each model that was trained here, thinned for plotting."""
+  found = {}
+  for name, artifact in finished.items():
+    path = artifact.folder / "metrics.jsonl"
+    if "parameters" in artifact.manifest()["facts"] and path.exists():
+      rows = [json.loads(line) for line in path.read_text().splitlines()]
+      if rows:
+        found[lineage.label(name)] = plots.smooth(rows)
+  return found
+
+
+def _cards(measured: findings.Measured) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+  cards = []
+  for name, facts in measured.items():
+    pairwise = facts["judge"]["metrics"]["pairwise"]["value"]
+    figures = [(tables.MISSING if pairwise is None else f"{tables.percent(pairwise)} %", "pairwise")]
+    figures.append((tables.number(facts["characters"]["mean"]), "characters"))
+    if "oracle" in facts:
+      figures.insert(0, (tables.number(facts["oracle"]["score"]["value"], 2), "oracle"))
+    cards.append((lineage.label(name), tuple(figures)))
+  return tuple(cards)
+
+
+def _short(name: str) -> str:
+  """A model's name below an axis."""
+  return "SFT" if name == "baseline" else lineage.label(name)
+
+
+def _following(measured: findings.Measured, grader: str) -> Section:
+  duels = findings.duel_facts(measured)
+  names, drawn = [_short(name) for name in measured], []
+  if duels:
+    bars = [
+      (f"{lineage.label(name)} over {lineage.label(other)}", found["win"], found["tie"], found["loss"])
+      for (name, other), found in duels.items()
+    ]
+    drawn.append(Plot(plots.duels(bars), "Head to head, in per cent of the comparisons."))
+  if measured and all("oracle" in facts for facts in measured.values()):
+    shown = plots.quality(names, [facts["oracle"] for facts in measured.values()])
+    drawn.append(Plot(shown, "Quality by the oracle, with 95 % intervals."))
+  if measured:
+    drawn.append(Plot(plots.lengths(names, [facts["characters"] for facts in measured.values()]), "Growth of length."))
+  found = (findings.following_table(measured), findings.duels_table(measured, grader)) if measured else ()
+  text = "Each model answers the held-out instructions; in a duel, two models' answers to one instruction meet."
+  return Section("following", "Following instructions", text, found, tuple(drawn))
+
+
+def _judging(measured: findings.Measured) -> Section:
+  shown = {"pairwise": 100, "five_best": 100, "exact_match": 100, "spearman": 1, "kendall": 1}
+  panels = [
+    (
+      findings.METRICS[metric][0],
+      scale,
+      [facts["judge"]["metrics"][metric] for facts in measured.values()],
+      [paper.JUDGING[metric].get(name) for name in measured],
+    )
+    for metric, scale in shown.items()
+  ]
+  drawn = (
+    (
+      Plot(
+        plots.judging([_short(name) for name in measured], panels),
+        "Dots: this run, with 95 % intervals. Diamonds: the paper.",
+      ),
+    )
+    if measured
+    else ()
+  )
+  found = (findings.judging_table(measured), findings.votes_table(measured)) if measured else ()
+  return Section("judging", "Judging", "Each model scores held-out replies that people have ranked.", found, drawn)
+
+
+def _training(finished: Finished) -> Section:
+  runs = curves(finished)
+  plain = {name: run for name, run in runs.items() if "margin" not in run}
+  preferred = {name: run for name, run in runs.items() if "margin" in run}
+  drawn = [Plot(plots.sft(plain), "Pretraining and supervised fine-tuning.")] if plain else []
+  drawn += [Plot(plots.dpo(preferred), "DPO, averaged over windows of steps.")] if preferred else []
+  return Section("training", "Training", plots=tuple(drawn))
+
+
+def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float, float], votes: int) -> Section:
+  """What the iterations' own data look like, and how right the judge was where the oracle can tell."""
+  judged = [one for one in rounds if one.judgements]
+  found = [diagnostics.pairs_table(judged)] if judged else []
+  drawn = []
+  if judged:
+    spreads = [(one.label, *diagnostics.score_counts(one, scale, votes)) for one in judged]
+    drawn.append(Plot(plots.histograms(spreads), "The judge's scores of its own responses."))
+  if judged and oracle:
+    found.append(diagnostics.oracle_table(judged))
+    points = [(one.label, diagnostics.calibration(one)) for one in judged]
+    drawn.append(
+      Plot(plots.calibration(points, *scale), "The oracle's mean of the responses that the judge gave each score.")
+    )
+  text = "The models' own training data: responses of M_t, scored by M_t itself."
+  return Section("aift", "Self-made preference data", text, tuple(found), tuple(drawn))
+
+
+def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Sequence[str], run_name: str) -> Report:
+  """Everything that the report of the run `run_name` shows; `missing` are the steps that are not done yet."""
+  oracle = settings.evaluate.grader == "oracle"
+  truth = world.oracle if oracle else None
+  evaluations = {name.removeprefix("eval/"): one for name, one in finished.items() if name.startswith("eval/")}
+  measured = {name: artifact.manifest()["facts"] for name, artifact in evaluations.items()}
+  rounds = diagnostics.load_rounds(finished, whole=oracle)
+  found = lineage.models(finished)
+  centres = next(iter(measured.values()))["judge"]["histogram"]["centres"] if measured else (0.0, 5.0)
+  captions = {
+    name: f"oracle {facts['oracle']['score']['value']:.2f}" for name, facts in measured.items() if "oracle" in facts
+  }
+  judged = next(iter(measured.values()))["judge"]["metrics"]["unreadable"]["count"] if measured else None
+  counts = (diagnostics.sizes_table(finished, judged), *diagnostics.counts_tables(finished))
+  sections = (
+    _following(measured, settings.evaluate.grader),
+    _judging(measured),
+    _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
+    _training(finished),
+    Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),
+    Section("settings", "Deviations from the paper", tables=(deviations_table(settings),)),
+  )
+  claims = (Section("findings", "Findings", tables=(findings.claims_table(measured),)),) if len(measured) > 1 else ()
+  unreadable = [one for part in rounds for one in excerpts.unreadable(part.label, part.judgements, 3)]
+  for name, artifact in evaluations.items():
+    judgements = diagnostics.first_shard(artifact, "judgements", records.Judgement)
+    unreadable += excerpts.unreadable(f"{lineage.label(name)} on held-out replies", judgements, 2)
+  warnings = [*lineage.stale(finished), *([f"Not done yet: {', '.join(missing)}."] if missing else [])]
+  return Report(
+    title=f"Self-rewarding run: {run_name}",
+    facts=run_facts(finished, settings, len(finished) + len(missing)),
+    warnings=tuple(warnings),
+    summary=tuple(findings.summary(measured)),
+    cards=_cards(measured),
+    sections=claims + sections,
+    tree=lineage.lineage_text(found),
+    diagram=lineage.diagram(found, captions),
+    models=lineage.table(found),
+    heldout=tuple(excerpts.heldout(evaluations, 6, truth)),
+    rounds=tuple((one.label, tuple(excerpts.sampled(one, 4, truth))) for one in rounds),
+    eft=tuple(excerpts.eft(finished["eft"], 4)) if "eft" in finished else (),
+    unreadable=tuple(unreadable),
+    headline=findings.headline(measured),
+  )
+
+
+def html(report: Report) -> str:
+  """The page: self-contained, all texts escaped; only our own SVG is put in as it is."""
+  source = importlib.resources.files("srlm_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
+  environment = jinja2.Environment(
+    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+  )
+  return environment.from_string(source).render(report=report, source=paper.SOURCE, label=lineage.label)
+
+
+def markdown(report: Report) -> str:
+  """The main tables, with the same figures as the page."""
+  parts = [f"# {tables.escaped(report.title)}"]
+  parts += [f"> {tables.escaped(warning)}" for warning in report.warnings]
+  parts.append("\n".join(f"- {tables.escaped(f'{what}: {value}')}" for what, value in report.facts))
+  parts.append("\n".join(f"- {tables.escaped(sentence)}" for sentence in report.summary))
+  for section in report.sections:
+    if section.tables:
+      parts += [f"## {section.title}", section.text] if section.text else [f"## {section.title}"]
+      parts += [tables.markdown(table) for table in section.tables]
+  parts += [
+    "## Lineage",
+    f"```\n{report.tree}\n```",
+    tables.markdown(report.models),
+    f"The paper's figures: {paper.SOURCE}.",
+  ]
+  return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

@@ -1,0 +1,20 @@
+"""The figures' SVG, and the thinning of curves."""
+
+import re
+
+from srlm_jax import plots
+
+
+def test_figures_take_their_colours_from_the_page() -> None:
+  svg = plots.duels([("M2 over M1", 0.5, 0.3, 0.2)])
+  assert svg.startswith("<svg ") and svg.rstrip().endswith("</svg>")
+  assert "var(--c1)" in svg and "var(--ink)" in svg
+  assert not re.search(r"#(111213|d1d2d3|2f6fb1|d9822c)", svg)
+  assert re.search(r'<svg [^>]*width="788"', svg.split(">")[0] + ">") and " height=" not in svg.split(">")[0]
+  assert svg == plots.duels([("M2 over M1", 0.5, 0.3, 0.2)])
+
+
+def test_curves_are_averaged_over_windows() -> None:
+  rows = [{"step": step, "loss": float(step)} for step in range(1, 8)]
+  assert plots.smooth(rows, points=3) == {"step": [2.0, 5.0, 7.0], "loss": [2.0, 5.0, 7.0]}
+  assert plots.smooth([]) == {}
