@@ -1,6 +1,6 @@
 """M1 of the paper's run: what is still to do for it in a work directory that may hold the models before it.
 
-  srlm all --config=configs/m1.py:llama2_70b --workdir=gs://bucket/run   (and the paths that configs/llama2.py names)
+srlm all --config=configs/m1.py:llama2_70b --workdir=gs://bucket/run   (and the paths that configs/llama2.py names)
 """
 
 from ml_collections import config_dict

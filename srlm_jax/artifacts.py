@@ -1,8 +1,8 @@
 """Artifacts: the folders through which the stages hand each other their results.
 
 A folder holds `stage.json` (written first: what it is made from), its shards (each written whole, then a small `.done`
-beside it with records, bytes and SHA-256), and `manifest.json` (written last: its presence is the only commit). The key of an artifact is the hash of its
-configuration and of its inputs' digests: a folder with another key is refused, never mixed.
+beside it with records, bytes and SHA-256), and `manifest.json` (written last: its presence is the only commit). What an
+artifact is made from is its configuration and its inputs' digests: a folder made from others is refused, never mixed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +101,9 @@ class Artifact:
     except ValueError as error:  # Neither JSON nor UTF-8.
       raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
     if found["format"] != FORMAT:
-      raise ValueError(f"{self.folder} has artifact format {found['format']}, this version writes {FORMAT}: use a new --workdir.")
+      raise ValueError(
+        f"{self.folder} has artifact format {found['format']}, this version writes {FORMAT}: use a new --workdir."
+      )
     theirs, ours = found["config"], self.config
     changed = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
     if changed:
@@ -118,14 +120,17 @@ class Artifact:
     identity = self.identity()
     if path.exists():
       found = json.loads(path.read_text())["inputs"]
-      changed = sorted(role for role in {*found, *identity["inputs"]} if found.get(role) != identity["inputs"].get(role))
+      changed = sorted(
+        role for role in {*found, *identity["inputs"]} if found.get(role) != identity["inputs"].get(role)
+      )
       if changed:
         sources = ", ".join(f"{role} ({self.inputs[role].folder})" if role in self.inputs else role for role in changed)
         raise ValueError(
           f"{self.folder} was made from other inputs: {sources} changed since. Delete {self.folder} (and what follows "
           "from it) to make it again."
         )
-      return
+      if self.done:
+        return
     self.folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(identity, indent=2, sort_keys=True))
 
@@ -145,9 +150,18 @@ class Artifact:
       "digest": sha256(json.dumps(content, sort_keys=True).encode()),
       "files": files,
       "facts": dict(facts),
-      "made": {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "jax": jax.__version__},
+      "made": {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": self._seconds(),
+        "jax": jax.__version__,
+      },
     }
     write_whole(self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True))
+
+  def _seconds(self) -> float:
+    """Since the session that finishes it began it: stage.json is written then."""
+    path = self.folder / "stage.json"
+    return round(time.time() - path.stat().mtime, 1) if path.exists() else 0.0
 
   def write(self, name: str, text: str, count: int | None = None) -> None:
     """Writes one file whole, then its `.done`."""
@@ -174,7 +188,9 @@ class Artifact:
       raise ValueError(f"{path} is missing or was never finished: run its stage again.")
     data = path.read_bytes()
     if sha256(data) != json.loads(done.read_text())["sha256"]:
-      raise ValueError(f"{path} is damaged (its SHA-256 is not the recorded one): delete {self.folder} and run its stage again.")
+      raise ValueError(
+        f"{path} is damaged (its SHA-256 is not the recorded one): delete {self.folder} and run its stage again."
+      )
     return data.decode()
 
   def read(self, name: str, kind: type[records.R]) -> list[records.R]:
@@ -208,11 +224,7 @@ Item = TypeVar("Item")
 
 
 def map_shards(
-  out: Artifact,
-  stem: str,
-  items: Sequence[Item],
-  size: int,
-  work: Callable[[Sequence[Item]], Sequence[records.Record]],
+  out: Artifact, stem: str, items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Sequence[records.Record]]
 ) -> None:
   """Runs `work` over `items` in shards of `size`, each written when done; finished shards are not done again."""
   total = -(-len(items) // size)
@@ -227,7 +239,13 @@ def map_shards(
     rate = fresh / (time.monotonic() - started)
     left = (len(items) - min((index + 1) * size, len(items))) / rate
     logger.info(
-      "%s: %s %d of %d, %.1f a second, %.0f s left", out.folder, stem, min((index + 1) * size, len(items)), len(items), rate, left
+      "%s: %s %d of %d, %.1f a second, %.0f s left",
+      out.folder,
+      stem,
+      min((index + 1) * size, len(items)),
+      len(items),
+      rate,
+      left,
     )
 
 

@@ -33,7 +33,9 @@ def _check(stored: dict[str, Any], wanted: dict[str, Any], folder: epath.Path) -
     have, want = stored.get(name), wanted.get(name)
     shapes = [None if leaf is None else (tuple(leaf.shape), str(leaf.dtype)) for leaf in (have, want)]
     if shapes[0] != shapes[1]:
-      raise ValueError(f"{folder}: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in this run: another model or dtype.")
+      raise ValueError(
+        f"{folder}: {name} is {shapes[0]} in the checkpoint, {shapes[1]} in this run: another model or dtype."
+      )
 
 
 def abstract_model(config: llama.LlamaConfig, mesh: jax.sharding.Mesh) -> llama.Llama:
@@ -77,7 +79,11 @@ class StateStore:
 
   def __init__(self, folder: epath.Path) -> None:
     self._folder = folder
-    self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True))
+    self._manager = ocp.CheckpointManager(
+      folder,
+      item_handlers=ocp.StandardCheckpointHandler(),  # Without it a fresh manager has no metadata to check.
+      options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+    )
 
   def restore(self, abstract: Tree) -> tuple[int, Tree] | None:
     """(step, state) of the newest state, or None where there is none yet."""
@@ -85,9 +91,7 @@ class StateStore:
     if step is None:
       return None
     wanted = named_leaves(abstract)
-    metadata = self._manager.item_metadata(step)
-    if metadata is not None:
-      _check(dict(metadata), wanted, self._folder)
+    _check(dict(self._manager.item_metadata(step)), wanted, self._folder)
     return step, _unname(abstract, self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
 
   def save(self, step: int, state: Any) -> None:

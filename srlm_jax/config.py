@@ -1,7 +1,7 @@
 """The base configuration: the paper's values, and ours where the paper is silent.
 
-`configs/*.py` start from `base()` and change a dozen lines. A comment that begins with "unstated" marks a value that the
-paper does not give.
+`configs/*.py` start from `base()` and change a dozen lines. A comment that begins with "unstated" marks a value that
+the paper does not give.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,8 @@ T = TypeVar("T")
 def base() -> config_dict.ConfigDict:
   """The paper's run: Llama 2 70B, Open Assistant, M1 to M3."""
   c = config_dict.ConfigDict()
+  c.name = ""  # Title of the report; "": the work directory's.
+  c.reasons = config_dict.ConfigDict()  # Why a value is not the paper's, by section, for the report.
   c.seed = 0
   c.models = 3  # The last model to make: M1 is by SFT, each further one by DPO of the one before on its own AIFT.
 
@@ -76,7 +78,7 @@ def base() -> config_dict.ConfigDict:
   )
   c.responses = dict(n=4, sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024))
   c.judge = dict(
-    rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; "judge_five_bucket" is the compared one.
+    rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; the compared one: "judge_five_bucket".
     method="sampled",  # "expected": no text, the score weighted by the probabilities of its digits; one vote.
     votes=3,
     min_votes=1,  # unstated: readable votes that a score needs.
@@ -121,4 +123,3 @@ def frozen(kind: type[T], fields: Mapping[str, Any], **more: Any) -> T:
   """A frozen dataclass from the fields of a ConfigDict that it knows."""
   known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
   return kind(**{name: value for name, value in fields.items() if name in known}, **more)
-

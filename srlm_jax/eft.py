@@ -32,9 +32,7 @@ Attempt = list[Judged]  # One judgement of every reply of a prompt, all scores r
 
 
 def accept(
-    judged: Iterable[Judged],
-    by: Literal["prompt", "reply"] = "prompt",
-    ties: Literal["disagree", "agree"] = "disagree",
+  judged: Iterable[Judged], by: Literal["prompt", "reply"] = "prompt", ties: Literal["disagree", "agree"] = "disagree"
 ) -> tuple[list[Judged], Counter[str]]:
   """Keeps the judgements whose scores agree with the human ranks (paper §3.1.1; which of the rules is unstated).
 
@@ -93,8 +91,8 @@ def _attempts(group: Sequence[Judged], replies: int) -> list[Attempt]:
   for one in group:
     if one.reply_id in samples[one.sample]:
       raise ValueError(
-          f"prompt {one.prompt_id}, reply {one.reply_id}: two judgements are sample {one.sample}. Number the samples of"
-          " a reply 0, 1, 2, …"
+        f"prompt {one.prompt_id}, reply {one.reply_id}: two judgements are sample {one.sample}. Number the samples of"
+        " a reply 0, 1, 2, …"
       )
     samples[one.sample][one.reply_id] = one
   attempts = []
@@ -105,10 +103,10 @@ def _attempts(group: Sequence[Judged], replies: int) -> list[Attempt]:
 
 
 def _pairs(one: Judged, siblings: Iterable[Judged]) -> Counter[str]:
-  """How often one judgement is right, tied and wrong against its siblings; equal ranks say nothing."""
+  """How often one judgement is right, tied and wrong against its siblings; equal ranks say nothing, nor do absent scores."""
   pairs: Counter[str] = Counter()
   for other in siblings:
-    if one.rank == other.rank:
+    if one.rank == other.rank or one.score is None or other.score is None:
       continue
     lead = (one.score - other.score) * (other.rank - one.rank)
     pairs["right" if lead > 0 else "wrong" if lead < 0 else "tied"] += 1
@@ -192,13 +190,13 @@ def _digest(one: Judged, seed: int) -> bytes:
 def to_examples(accepted: Iterable[Judged], rubric_fill: Callable[[str, str], str]) -> list[SFTExample]:
   """EFT examples: the judge prompt, filled by `rubric_fill(instruction, response)`, and the judgement (paper §2.2)."""
   return [
-      SFTExample(
-          id=f"{one.prompt_id}/{one.reply_id}",
-          kind="eft",
-          prompt=rubric_fill(one.prompt, one.reply),
-          response=one.judgement_text,
-      )
-      for one in accepted
+    SFTExample(
+      id=f"{one.prompt_id}/{one.reply_id}",
+      kind="eft",
+      prompt=rubric_fill(one.prompt, one.reply),
+      response=one.judgement_text,
+    )
+    for one in accepted
   ]
 
 
@@ -208,6 +206,6 @@ def no_overlap(train: Iterable[str], heldout: Iterable[str]) -> None:
   shared = [prompt for prompt in heldout if prompt_key(prompt) in seen]
   if shared:
     raise ValueError(
-        f"{len(shared)} held-out prompt(s) are also trained on, the first {shared[0][:200]!r}. Divide the trees by"
-        " oasst.split, or remove these prompts from one side."
+      f"{len(shared)} held-out prompt(s) are also trained on, the first {shared[0][:200]!r}. Divide the trees by"
+      " oasst.split, or remove these prompts from one side."
     )

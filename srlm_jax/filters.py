@@ -24,14 +24,14 @@ SELF_INSTRUCT_BLACKLIST = (
 ALPACA_BLACKLIST = (*SELF_INSTRUCT_BLACKLIST, "video", "audio", "music", "flowchart", "diagram")
 
 REASONS = (
-    "too_short",
-    "too_long",
-    "blacklisted",
-    "starts_write_a_program",
-    "punctuation_start",
-    "non_ascii_start",
-    "duplicate",
-    "rouge",
+  "too_short",
+  "too_long",
+  "blacklisted",
+  "starts_write_a_program",
+  "punctuation_start",
+  "non_ascii_start",
+  "duplicate",
+  "rouge",
 )
 
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
@@ -55,7 +55,7 @@ class TaskRules:
   def __post_init__(self) -> None:
     if not 1 <= self.min_words <= self.max_words:
       raise ValueError(
-          f"min_words={self.min_words} and max_words={self.max_words}: need 1 <= min_words <= max_words. Change either."
+        f"min_words={self.min_words} and max_words={self.max_words}: need 1 <= min_words <= max_words. Change either."
       )
     if isinstance(self.blacklist, str) or not all(entry.strip() for entry in self.blacklist):
       raise ValueError(f"blacklist={self.blacklist!r} must be a sequence of words. Remove empty ones.")
@@ -148,7 +148,7 @@ class NoveltyFilter:
     self._encoded.append(self._encode(text))
 
   def check(self, text: str) -> str | None:
-    """"duplicate", "rouge", or None for a text that is new. Does not make it known: call `add` where it is kept."""
+    """ "duplicate", "rouge", or None for a text that is new. Does not make it known: call `add` where it is kept."""
     if _normalised(text) in self._known:
       return "duplicate"
     if self._max_rouge < 1 and self.nearest(text, self._max_rouge)[0] > self._max_rouge:
@@ -162,7 +162,7 @@ class NoveltyFilter:
       return 0.0, None
     # The margin keeps rounding from hiding a match; the exact value is worked out below.
     found = process.extractOne(
-        encoded, self._encoded, scorer=Indel.normalized_similarity, score_cutoff=max(at_least - 1e-9, 0.0)
+      encoded, self._encoded, scorer=Indel.normalized_similarity, score_cutoff=max(at_least - 1e-9, 0.0)
     )
     if found is None:
       return 0.0, None
@@ -176,7 +176,7 @@ class NoveltyFilter:
 
 
 def keep_new(
-    tasks: Iterable[str], novelty: NoveltyFilter, rules: TaskRules = TaskRules()
+  tasks: Iterable[str], novelty: NoveltyFilter, rules: TaskRules = TaskRules()
 ) -> tuple[list[str], collections.Counter[str]]:
   """The tasks that pass, cleaned and in order, and how many were dropped for each reason.
 

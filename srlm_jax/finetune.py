@@ -9,7 +9,18 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 
-from srlm_jax import artifacts, batching, chat, config as config_lib, dataset, modelstore, records, tokenizer, train_loop, train_step
+from srlm_jax import (
+  artifacts,
+  batching,
+  chat,
+  config as config_lib,
+  dataset,
+  modelstore,
+  records,
+  tokenizer,
+  train_loop,
+  train_step,
+)
 
 logger = logging.getLogger(__name__)
 

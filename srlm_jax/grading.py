@@ -42,8 +42,9 @@ def by_judge(
       requests.append(generator.Request(f"duel {index} {order} {ours.prompt_id} {ours.sample}", tokens, 1))
   fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
   verdicts = {
-    request.name: templates.parse_verdict(speaker.tokenizer.decode(completions[0].tokens))
-    for request, completions in engine.generate(fitting)
+    request.name: templates.parse_verdict(speaker.tokenizer.decode(completion.tokens))
+    for request, (completion,) in engine.generate(fitting)
+    if completion.finished  # One that the length limit cut has not come to its verdict.
   }
   both = [verdicts.get(request.name) for request in requests]
   outcomes = [metrics.both_orders(both[2 * index], both[2 * index + 1]) for index in range(len(pairs))]

@@ -12,7 +12,11 @@ def sft(logprobs_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, dict[str
 
 
 def dpo(
-  chosen_B: jax.Array, rejected_B: jax.Array, reference_chosen_B: jax.Array, reference_rejected_B: jax.Array, beta: float
+  chosen_B: jax.Array,
+  rejected_B: jax.Array,
+  reference_chosen_B: jax.Array,
+  reference_rejected_B: jax.Array,
+  beta: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Direct Preference Optimization (Rafailov et al. 2023), the sigmoid loss of the paper's §2.4.
 

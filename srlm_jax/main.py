@@ -21,8 +21,12 @@ from srlm_jax import artifacts, mesh as mesh_lib, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, with its variant: configs/tiny.py:smoke.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration, with its variant: configs/tiny.py:smoke.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
+)
 _CACHE = flags.DEFINE_string(
   "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
 )
@@ -59,8 +63,10 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
   """Runs the steps of a stage ("all": every one). All configurations are checked before any work starts."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
   planned = steps.plan(settings, workdir, mesh)
-  made = {step.folder: steps.artifact(step, planned, workdir) for step in planned}
+  made = steps.artifacts_of(planned, workdir)
   chosen = [step for step in planned if stage in ("all", step.stage)]
+  if not chosen:
+    raise ValueError("this configuration has no such step: see `srlm stages`.")
   for step in chosen:
     made[step.folder].check_config()
   for number, step in enumerate(chosen, 1):
@@ -81,8 +87,9 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
   """Prints the steps of a configuration, with their inputs and states."""
   place = workdir or epath.Path("WORKDIR")
   planned = steps.plan(settings, place, mesh_lib.make_mesh(**settings.mesh))
+  made = steps.artifacts_of(planned, place)
   for step in planned:
-    how_far = state(steps.artifact(step, planned, place)) if workdir else ""
+    how_far = state(made[step.folder]) if workdir else ""
     sources = ", ".join(dict.fromkeys(step.inputs.values())) if step.stage != "report" else "all of them"
     print(f"{step.folder:<20} {step.stage:<10} {how_far:<6} from {sources or 'nothing'}")
 
@@ -109,16 +116,16 @@ def main(argv: Sequence[str]) -> None:
   if _CONFIG.value is None:
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
   workdir = epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
-  if stage == "stages":
-    show_steps(_CONFIG.value, workdir)
-    return
-  if workdir is None:
+  if workdir is None and stage != "stages":
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   started = time.monotonic()
   try:
+    if workdir is None or stage == "stages":
+      show_steps(_CONFIG.value, workdir)
+      return
     run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError) as error:
     logger.debug("the error in full", exc_info=True)
@@ -128,6 +135,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run() -> None:
   """Console entry point."""
+  sys.modules["__main__"].__doc__ = usage()  # What absl shows for --help and beside a usage error.
   app.run(main)
 
 

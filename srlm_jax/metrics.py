@@ -66,7 +66,7 @@ class LengthSummary:
 
 
 def _ratio_estimates(
-    numerators: np.ndarray, denominators: np.ndarray, confidence: float, resamples: int, seed: int
+  numerators: np.ndarray, denominators: np.ndarray, confidence: float, resamples: int, seed: int
 ) -> list[Estimate]:
   """Ratios of sums over prompts, each with its percentile bootstrap interval.
 
@@ -104,7 +104,7 @@ def _ratio_estimates(
 
 
 def mean_with_interval(
-    values: Sequence[Sequence[float | None]], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+  values: Sequence[Sequence[float | None]], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Estimate:
   """The mean of all values, which come grouped by prompt; None among them is left out and counted.
 
@@ -148,15 +148,15 @@ _COLUMNS = (
     "top", "unreadable", "responses", "prompts",
 )  # fmt: skip
 _RATIOS = {
-    "pairwise": ("right", "decided"),
-    "pairwise_strict": ("right", "pairs"),
-    "tie_rate": ("tied", "pairs"),
-    "exact_match": ("exact", "ordered"),
-    "spearman": ("spearman", "defined"),
-    "kendall": ("kendall", "defined"),
-    "five_best": ("best_top", "top"),
-    "unreadable": ("unreadable", "responses"),
-    "undefined": ("undefined", "prompts"),
+  "pairwise": ("right", "decided"),
+  "pairwise_strict": ("right", "pairs"),
+  "tie_rate": ("tied", "pairs"),
+  "exact_match": ("exact", "ordered"),
+  "spearman": ("spearman", "defined"),
+  "kendall": ("kendall", "defined"),
+  "five_best": ("best_top", "top"),
+  "unreadable": ("unreadable", "responses"),
+  "undefined": ("undefined", "prompts"),
 }
 
 
@@ -185,12 +185,12 @@ def _count_prompt(ranks: Sequence[float], scores: Sequence[float | None], top: f
 
 
 def reward_model_metrics(
-    ranks: Sequence[Sequence[float]],
-    scores: Sequence[Sequence[float | None]],
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-    top: float = 5.0,
+  ranks: Sequence[Sequence[float]],
+  scores: Sequence[Sequence[float | None]],
+  confidence: float = 0.95,
+  resamples: int = 1000,
+  seed: int = 0,
+  top: float = 5.0,
 ) -> dict[str, Estimate]:
   """Agreement of a judge's scores with people's rankings (the paper's reward-model metrics).
 
@@ -226,10 +226,10 @@ def reward_model_metrics(
   metrics = dict(zip(_RATIOS, estimates, strict=True))
   total = {name: int(column.sum()) for name, column in columns.items() if name not in ("spearman", "kendall")}
   left_out = {
-      "pairwise": total["tied"],
-      "exact_match": total["prompts"] - total["ordered"],
-      "spearman": total["undefined"],
-      "kendall": total["undefined"],
+    "pairwise": total["tied"],
+    "exact_match": total["prompts"] - total["ordered"],
+    "spearman": total["undefined"],
+    "kendall": total["undefined"],
   }
   return {name: dataclasses.replace(estimate, left_out=left_out.get(name, 0)) for name, estimate in metrics.items()}
 
@@ -257,9 +257,7 @@ def both_orders(first: str | None, second: str | None) -> int | None:
   return 0
 
 
-def duel(
-    outcomes: Sequence[Sequence[int]], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> Duel:
+def duel(outcomes: Sequence[Sequence[int]], *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> Duel:
   """Head to head over comparisons grouped by prompt: +1 a win, 0 a tie, -1 a loss; the interval resamples prompts."""
   for place, group in enumerate(outcomes):
     if any(outcome not in (-1, 0, 1) for outcome in group):

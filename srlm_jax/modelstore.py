@@ -12,25 +12,25 @@ from ml_collections import config_dict
 from srlm_jax import artifacts, checkpoint, llama, rollout, tokenizer
 
 
-def save(
-  out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]
-) -> None:
+def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
   """Writes weights and tokenizer into an artifact and commits it; the states of its training are deleted."""
   checkpoint.save_model(out.folder, model)
   words.save(out.folder / "tokenizer")
   out.write("golden.json", json.dumps(words.golden(), indent=1))
   out.write("llama.json", json.dumps(dataclasses.asdict(model.config), indent=1))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-  states = out.folder / "states"
-  if states.exists():
-    states.rmtree()
   out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("weights", "tokenizer"))
+  states = out.folder / "states"
+  if states.exists():  # Last: until the commit a stopped run goes on from them.
+    states.rmtree()
 
 
 def load_tokenizer(artifact: artifacts.Artifact) -> tokenizer.Tokenizer:
   """The tokenizer of a model artifact; ValueError where it does not encode as it did when the model was made."""
   words = tokenizer.load(artifact.folder / "tokenizer")
   tokenizer.verify(words, json.loads(artifact.read_text("golden.json")))
+  if words.digest != artifact.manifest()["facts"]["tokenizer"]:  # A chat template, say, that encodings do not show.
+    raise ValueError(f"{artifact.folder / 'tokenizer'} changed since the model was made: bring its files back.")
   return words
 
 
@@ -41,17 +41,11 @@ def load(
   artifact.manifest()
   how = settings.model
   return checkpoint.load_model(
-    artifact.folder,
-    mesh,
-    dropout=how.dropout if train else 0.0,
-    remat=how.remat if train else "none",
-    dtype=how.dtype,
+    artifact.folder, mesh, dropout=how.dropout if train else 0.0, remat=how.remat if train else "none", dtype=how.dtype
   )
 
 
-def speaker(
-  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh
-) -> rollout.Speaker:
+def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:
   """A model that answers and judges."""
   return rollout.Speaker(
     model=load(artifact, settings, mesh),

@@ -130,12 +130,12 @@ def _lines(path: epath.Path) -> Iterator[_Line]:
       first = error.errors()[0]
       field = ".".join(str(part) for part in first["loc"]) or "the line"
       raise ValueError(
-          f"{where}: not an Open Assistant tree: {field}: {first['msg']}. Repair or remove the line, or fetch the file"
-          " again; needed is a *.trees.jsonl file, not *.messages.jsonl."
+        f"{where}: not an Open Assistant tree: {field}: {first['msg']}. Repair or remove the line, or fetch the file"
+        " again; needed is a *.trees.jsonl file, not *.messages.jsonl."
       ) from error
     if line.message_tree_id in seen:
       raise ValueError(
-          f"{where}: tree {line.message_tree_id} was already on line {seen[line.message_tree_id]}. Remove one of them."
+        f"{where}: tree {line.message_tree_id} was already on line {seen[line.message_tree_id]}. Remove one of them."
       )
     seen[line.message_tree_id] = number
     ids = Counter(reply.message_id for reply in line.prompt.replies or ())
@@ -155,9 +155,7 @@ def _numbered(path: epath.Path) -> Iterator[tuple[int, bytes]]:
         if line.strip():
           yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-      raise ValueError(
-          f"{path}: damaged or cut-off gzip file after line {number}: {error}. Fetch it again."
-      ) from error
+      raise ValueError(f"{path}: damaged or cut-off gzip file after line {number}: {error}. Fetch it again.") from error
 
 
 def _filter(line: _Line, lang: str, counts: Counter[str]) -> tuple[Tree | None, str | None]:
@@ -174,26 +172,27 @@ def _filter(line: _Line, lang: str, counts: Counter[str]) -> tuple[Tree | None, 
     for _ in replies:
       _count(counts, "replies", "tree left out")
     return None, reason
-  kept = []
+  kept: dict[int, Reply] = {}  # By rank: no two are equal.
   for reply in replies:
-    reply_reason = _node_reason(reply, lang) or ("unranked" if reply.rank is None else None)
+    reply_reason = _node_reason(reply, lang)
+    if reply.rank is None:
+      reply_reason = reply_reason or "unranked"
+    elif not reply_reason:
+      kept[reply.rank] = Reply(id=reply.message_id, text=reply.text, rank=reply.rank)
     _count(counts, "replies", reply_reason or "kept")
-    if not reply_reason:
-      kept.append(Reply(id=reply.message_id, text=reply.text, rank=reply.rank))
   if not kept:
     return None, "no reply left"
-  kept.sort(key=lambda reply: reply.rank)
-  return Tree(line.message_tree_id, root.text, tuple(kept)), None
+  return Tree(line.message_tree_id, root.text, tuple(kept[rank] for rank in sorted(kept))), None
 
 
 def _node_reason(node: _Node, lang: str) -> str | None:
   """Why a message is left out, whatever its role."""
   rules = {
-      "deleted": node.deleted,
-      "synthetic": node.synthetic,
-      "review_result": node.review_result is False,
-      "lang": node.lang != lang,
-      "empty text": not node.text.strip(),
+    "deleted": node.deleted,
+    "synthetic": node.synthetic,
+    "review_result": node.review_result is False,
+    "lang": node.lang != lang,
+    "empty text": not node.text.strip(),
   }
   return next((reason for reason, applies in rules.items() if applies), None)
 
@@ -220,15 +219,15 @@ def ranked_replies(tree: Tree) -> RankedReplies | None:
 
 
 def split(
-    trees: Sequence[Tree],
-    *,
-    ift_examples: int = 3200,
-    eft_fraction: float = PAPER_EFT_FRACTION,
-    heldout_fraction: float = 0.25,
-    eval_prompts: int = 256,
-    overlap: bool = False,
-    seed: int = 0,
-    heldout_trees: Sequence[Tree] | None = None,
+  trees: Sequence[Tree],
+  *,
+  ift_examples: int = 3200,
+  eft_fraction: float = PAPER_EFT_FRACTION,
+  heldout_fraction: float = 0.25,
+  eval_prompts: int = 256,
+  overlap: bool = False,
+  seed: int = 0,
+  heldout_trees: Sequence[Tree] | None = None,
 ) -> Split:
   """Divides trees into evaluation prompts, EFT held-out, EFT train and IFT (paper §3.1.1: without overlap).
 
@@ -271,11 +270,11 @@ def split(
   if heldout_trees is not None:
     counts.update(_count_given(heldout_trees, given_out, parts))
   return Split(
-      ift=tuple(ift_example(tree) for tree in parts.ift),
-      ranked_train=tuple(ranked_replies(tree) for tree in parts.train),
-      ranked_heldout=tuple(ranked_replies(tree) for tree in parts.heldout),
-      eval_prompts=tuple(Prompt(id=tree.id, text=tree.prompt, source="oasst") for tree in parts.evaluation),
-      counts=counts,
+    ift=tuple(example for tree in parts.ift if (example := ift_example(tree))),
+    ranked_train=tuple(ranked for tree in parts.train if (ranked := ranked_replies(tree))),
+    ranked_heldout=tuple(ranked for tree in parts.heldout if (ranked := ranked_replies(tree))),
+    eval_prompts=tuple(Prompt(id=tree.id, text=tree.prompt, source="oasst") for tree in parts.evaluation),
+    counts=counts,
   )
 
 
@@ -303,7 +302,7 @@ def _several(trees: Iterable[Tree]) -> list[Tree]:
 
 
 def _divide(
-    pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
+  pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
 ) -> _Parts:
   """Four parts of which no two share a tree."""
   drawn = min(eval_prompts, len(pool) // 10)
@@ -316,7 +315,7 @@ def _divide(
 
 
 def _divide_sharing(
-    pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
+  pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
 ) -> _Parts:
   """Parts that share trees with IFT; EFT train shares none with what evaluates."""
   eft = _several(pool) if eft_fraction else []
@@ -340,22 +339,22 @@ def _check_parameters(ift_examples: int, eft_fraction: float, heldout_fraction: 
 def _check_parts(parts: _Parts, ift_examples: int, eft_fraction: float, heldout_fraction: float) -> None:
   """ValueError where a part that was asked for is empty."""
   wanted = {
-      "IFT": (ift_examples, parts.ift),
-      "EFT train": (eft_fraction, parts.train),
-      "EFT held-out": (eft_fraction * heldout_fraction, parts.heldout),
+    "IFT": (ift_examples, parts.ift),
+    "EFT train": (eft_fraction, parts.train),
+    "EFT held-out": (eft_fraction * heldout_fraction, parts.heldout),
   }
   for name, (size, part) in wanted.items():
     if size and not part:
       raise ValueError(
-          f"nothing is left for {name}: too few trees, or too few with two ranked replies. Give more trees, set"
-          " overlap=True (IFT and EFT share prompts), or set this part's size to 0."
+        f"nothing is left for {name}: too few trees, or too few with two ranked replies. Give more trees, set"
+        " overlap=True (IFT and EFT share prompts), or set this part's size to 0."
       )
 
 
 def _count_parts(trees: Iterable[Tree], out: dict[str, str], parts: _Parts, overlap: bool) -> Counter[str]:
   """What became of every tree, per purpose, and what the purposes share."""
   evaluation, heldout, train, ift = (
-      {tree.id for tree in part} for part in (parts.evaluation, parts.heldout, parts.train, parts.ift)
+    {tree.id for tree in part} for part in (parts.evaluation, parts.heldout, parts.train, parts.ift)
   )
   counts: Counter[str] = Counter()
   for tree in trees:

@@ -23,8 +23,9 @@ def by_prompt(responses: Iterable[Response], judgements: Iterable[Judgement]) ->
   for response, judgement in zip(responses, judgements, strict=True):
     if (response.prompt_id, response.sample) != (judgement.prompt_id, judgement.sample):
       raise ValueError(
-        f"judgement {judgement.prompt_id}/{judgement.sample} stands where response {response.prompt_id}/{response.sample} "
-        "does: the judgements are of other responses. Run the judge stage again."
+        f"judgement {judgement.prompt_id}/{judgement.sample} stands where response "
+        f"{response.prompt_id}/{response.sample} does: the judgements are of other responses. "
+        "Run the judge stage again."
       )
     group = groups.setdefault(response.prompt_id, [])
     if judgement.score is not None:

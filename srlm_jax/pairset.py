@@ -12,16 +12,16 @@ from srlm_jax import batching, dataset, llama, logprobs, mesh as mesh_lib, recor
 
 def row_length(pairs: Sequence[records.PreferencePair], longest: int) -> int:
   """The length bucket that holds every pair: one static shape for the reference pass and for training."""
-  most = max(
-    len(pair.prompt_tokens) + max(len(pair.chosen_tokens), len(pair.rejected_tokens)) for pair in pairs
-  )
+  most = max(len(pair.prompt_tokens) + max(len(pair.chosen_tokens), len(pair.rejected_tokens)) for pair in pairs)
   return batching.bucket(most, batching.doubling_buckets(32, longest))
 
 
 def pair_row(pair: records.PreferencePair, length: int) -> dict[str, np.ndarray]:
   """The arrays of a pair, [2, T] each: chosen first, rejected second."""
   prompt = pair.prompt_tokens
-  examples = [batching.Example((*prompt, *tokens), len(prompt)) for tokens in (pair.chosen_tokens, pair.rejected_tokens)]
+  examples = [
+    batching.Example((*prompt, *tokens), len(prompt)) for tokens in (pair.chosen_tokens, pair.rejected_tokens)
+  ]
   sides = batching.pack(examples, length, packed=False)
   return {name: np.stack([side[name] for side in sides]) for name in sides[0]}
 
@@ -54,11 +54,11 @@ def reference_logprobs(
   return np.concatenate(out)
 
 
-def write(
-  folder: epath.Path, rows: Sequence[dict[str, np.ndarray]], reference: np.ndarray
-) -> None:
+def write(folder: epath.Path, rows: Sequence[dict[str, np.ndarray]], reference: np.ndarray) -> None:
   """Prepares the dataset: every row with its two reference log-probs."""
-  dataset.write(folder, [{**row, "reference": logp.astype(np.float32)} for row, logp in zip(rows, reference, strict=True)])
+  dataset.write(
+    folder, [{**row, "reference": logp.astype(np.float32)} for row, logp in zip(rows, reference, strict=True)]
+  )
 
 
 class Batches:

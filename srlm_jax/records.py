@@ -112,7 +112,7 @@ def read(path: epath.PathLike, kind: type[R]) -> Iterator[R]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the line"
         raise ValueError(
-            f"{path}, line {number}: not a {kind.__name__}: {where}: {first['msg']}. Repair or remove the line."
+          f"{path}, line {number}: not a {kind.__name__}: {where}: {first['msg']}. Repair or remove the line."
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The order of the stages: which artifacts a configuration makes, from what, and by which stage."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
 import functools
@@ -66,7 +66,9 @@ class _Plan:
     names = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")
     self.where = {name: resolve(settings.data[name], workdir) for name in names}
 
-  def add(self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]) -> None:
+  def add(
+    self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]
+  ) -> None:
     self.steps.append(Step(folder, stage, subset(self.settings, keys), dict(inputs), run))
 
   def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
@@ -105,16 +107,30 @@ class _Plan:
     sharded = ("chat", "generation.shard")
     earlier = {f"earlier {t}": f"aift{t}/prompts" for t in range(1, index - 1)}
     writer = self.writer(parent)
-    self.add(names["prompts"], "prompts", ("prompts", "chat"), {"writer": writer, "seed": "seed", **earlier}, self.call(prompts.run))
+    self.add(
+      names["prompts"],
+      "prompts",
+      ("prompts", "chat"),
+      {"writer": writer, "seed": "seed", **earlier},
+      self.call(prompts.run),
+    )
     inputs = {"model": parent, "prompts": names["prompts"]}
     self.add(names["responses"], "responses", ("responses", *sharded), inputs, self.call(responses.run))
     inputs = {"model": parent, "responses": names["responses"]}
     self.add(names["judgements"], "judge", ("judge", *sharded), inputs, self.call(judge.run))
     scored = {"responses": names["responses"], "judgements": names["judgements"]}
+    if c.dpo.method not in ("dpo", "positive_only"):
+      raise artifacts.unknown(c.dpo.method, ["dpo", "positive_only"], "dpo.method")
     if c.dpo.method == "positive_only":
       eft_input = {"eft": "eft"} if c.eft.enabled else {}
       inputs = {"parent": "m0", "seed": "seed", **eft_input, **scored}
-      self.add(f"m{index}", "dpo", ("sft", "dpo.method", "judge.rubric", "chat", "model"), inputs, self.call(dpo.run_positive_only))
+      self.add(
+        f"m{index}",
+        "dpo",
+        ("sft", "dpo.method", "judge.rubric", "chat", "model"),
+        inputs,
+        self.call(dpo.run_positive_only),
+      )
       return
     references = {"previous": parent, "baseline": "baseline"}
     if c.dpo.reference not in references:
@@ -141,8 +157,13 @@ class _Plan:
     c = self.settings
     inputs = {"model": name, "seed": "seed", **{f"against {other}": f"eval/{other}" for other in others}}
     if others and c.evaluate.grader == "judge":
+      models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
+      if c.evaluate.judge not in models:
+        raise artifacts.unknown(c.evaluate.judge, models, f"model that is there when {name} is evaluated")
       inputs["judge"] = c.evaluate.judge
-    self.add(f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run))
+    self.add(
+      f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run)
+    )
 
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
@@ -158,8 +179,10 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
   return made.steps
 
 
-def artifact(step: Step, steps: list[Step], workdir: epath.Path) -> artifacts.Artifact:
-  """The artifact of a step, with those that it is made from."""
-  by_folder = {other.folder: other for other in steps}
-  inputs = {role: artifact(by_folder[folder], steps, workdir) for role, folder in step.inputs.items()}
-  return artifacts.Artifact(workdir / step.folder, step.config, inputs)
+def artifacts_of(planned: Sequence[Step], workdir: epath.Path) -> dict[str, artifacts.Artifact]:
+  """The artifact of every step by its folder, each with those that it is made from; a step comes after its inputs."""
+  made: dict[str, artifacts.Artifact] = {}
+  for step in planned:
+    inputs = {role: made[folder] for role, folder in step.inputs.items()}
+    made[step.folder] = artifacts.Artifact(workdir / step.folder, step.config, inputs)
+  return made

@@ -1,19 +1,29 @@
 """The loop around a train step: batches in, metrics and checkpoints out, resumed where it stopped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+import contextlib
 import functools
 import json
 import logging
 import time
+from typing import IO, Protocol
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from srlm_jax import checkpoint, llama, mesh as mesh_lib, train_step
 
 logger = logging.getLogger(__name__)
+
+
+class Batches(Protocol):
+  """The batches of a run by step, without end; arrays whose first axis is divided over the devices."""
+
+  def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+    """The batch of a step, counted from 0."""
 
 
 def abstract_state(
@@ -26,9 +36,15 @@ def abstract_state(
 
 def _kept_lines(path: epath.Path, steps: int) -> str:
   """The metrics of the steps that the restored state has done; later ones will be written again."""
-  if not path.exists():
-    return ""
-  return "".join(f"{line}\n" for line in path.read_text().splitlines() if json.loads(line)["step"] <= steps)
+  kept = []
+  for line in path.read_text().splitlines() if path.exists() else ():
+    try:
+      step = json.loads(line)["step"]
+    except json.JSONDecodeError:  # A kill cut the last line, of a step after the saved ones.
+      break
+    if step <= steps:
+      kept.append(f"{line}\n")
+  return "".join(kept)
 
 
 def train(
@@ -36,7 +52,7 @@ def train(
   model: llama.Llama,
   loss_fn: train_step.LossFn,
   optimizer: train_step.OptimizerConfig,
-  batches: Sequence[dict[str, np.ndarray]],
+  batches: Batches,
   mesh: jax.sharding.Mesh,
   folder: epath.Path,
   seed: int,
@@ -75,8 +91,9 @@ def train(
   rates = train_step.schedule(optimizer)
   path = folder / "metrics.jsonl"
   kept = _kept_lines(path, first)
-  with path.open("w") as log:
+  with contextlib.closing(store), path.open("w") as log:
     log.write(kept)
+    log.flush()
     pending: tuple[int, train_step.Metrics] | None = None
     said = started = time.monotonic()
     for index in range(first, optimizer.steps):
@@ -86,25 +103,59 @@ def train(
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
       pending = index + 1, metrics
       if (index + 1) % save_every == 0 and index + 1 < optimizer.steps:
+        # First, so that no state is saved whose loss is no number, or whose metrics a kill would lose.
+        said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
+        pending = None
         log.flush()
         store.save(index + 1, state)
     if pending:
       _report(log, folder, pending, optimizer.steps, first, rates, started, 0.0)
-  store.close()
   return state.model
 
 
-def _report(log, folder, pending, steps, first, rates, started, said) -> float:
+def _report(
+  log: IO[str],
+  folder: epath.Path,
+  pending: tuple[int, train_step.Metrics],
+  steps: int,
+  first: int,
+  rates: optax.Schedule,
+  started: float,
+  said: float,
+) -> float:
+  """Writes one step's metrics and now and then logs them; returns when it last did.
+
+  Args:
+    log: metrics.jsonl.
+    folder: names the run.
+    pending: the number of the step, counted from 1, and its metrics.
+    steps: of the whole run.
+    first: steps done before this session.
+    rates: the learning rate by step.
+    started: when this session started.
+    said: when metrics were last logged.
+
+  Raises:
+    FloatingPointError: the loss is not finite.
+  """
   step, metrics = pending
   values = {name: float(value) for name, value in jax.device_get(metrics).items()}
   if not np.isfinite(values["loss"]):
-    raise FloatingPointError(f"{folder}: the loss of step {step} is {values['loss']}: lower the learning rate, check the data.")
+    raise FloatingPointError(
+      f"{folder}: the loss of step {step} is {values['loss']}: lower the learning rate, check the data."
+    )
   log.write(json.dumps({"step": step, "lr": float(rates(step - 1)), **values}) + "\n")
   now = time.monotonic()
   if step in (1, steps) or now - said > 10:
     rate = (step - first) / (now - started)
-    logger.info("%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left", folder, step, steps, values["loss"], rate, (steps - step) / rate)
+    logger.info(
+      "%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left",
+      folder,
+      step,
+      steps,
+      values["loss"],
+      rate,
+      (steps - step) / rate,
+    )
     return now
   return said
-
-

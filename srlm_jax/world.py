@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "birds": ("crow", "swan", "owl", "robin", "heron", "dove", "wren", "gull"),
-    "fish": ("trout", "carp", "cod", "salmon", "perch", "eel", "tuna", "herring"),
-    "fruits": ("apple", "plum", "lemon", "fig", "cherry", "peach", "grape", "mango"),
-    "tools": ("hammer", "saw", "drill", "rake", "axe", "spade", "chisel", "wrench"),
-    "trees": ("oak", "elm", "pine", "birch", "maple", "willow", "cedar", "beech"),
+  "birds": ("crow", "swan", "owl", "robin", "heron", "dove", "wren", "gull"),
+  "fish": ("trout", "carp", "cod", "salmon", "perch", "eel", "tuna", "herring"),
+  "fruits": ("apple", "plum", "lemon", "fig", "cherry", "peach", "grape", "mango"),
+  "tools": ("hammer", "saw", "drill", "rake", "axe", "spade", "chisel", "wrench"),
+  "trees": ("oak", "elm", "pine", "birch", "maple", "willow", "cedar", "beech"),
 }
 THINGS: tuple[str, ...] = tuple(thing for members in KINDS.values() for thing in members)
 AMOUNTS: dict[str, int] = {"two": 2, "three": 3, "four": 4}
@@ -59,7 +59,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """How often a writer slips: probabilities per answer, and per part for `few`, `repeat` and `wrong`."""
+  """How often a writer slips: probabilities per answer, and per part for `few`, `repeat`, `wrong` and `surplus`."""
 
   no_opening: float = 0.0
   no_labels: float = 0.0
@@ -69,13 +69,16 @@ class Profile:
   wrong: float = 0.0
   dropped: float = 0.0  # One of two parts left out.
   off_topic: float = 0.0
+  surplus: float = 0.0  # Goes on beyond what was asked.
 
 
 PROFILES: dict[str, Profile] = {
-    "human": Profile(0.30, 0.25, 0.30, 0.20, 0.10, 0.12, 0.15, 0.04),
-    "worse": Profile(0.50, 0.45, 0.50, 0.45, 0.25, 0.30, 0.35, 0.12),
-    "flawless": Profile(),
-    "lost": Profile(off_topic=1.0),
+  "human": Profile(0.30, 0.25, 0.30, 0.20, 0.10, 0.12, 0.15, 0.04, 0.06),
+  "worse": Profile(0.50, 0.45, 0.50, 0.45, 0.25, 0.30, 0.35, 0.12, 0.15),
+  # The form is right and the content is not: what a model that has learnt the form still gets wrong.
+  "careless": Profile(0.08, 0.08, 0.08, 0.15, 0.40, 0.25, 0.05, 0.0, 0.30),
+  "flawless": Profile(),
+  "lost": Profile(off_topic=1.0),
 }
 
 
@@ -96,7 +99,7 @@ class PartCheck:
 
   @property
   def done(self) -> str:
-    """"full" (complete and nothing wrong), "half" (at least), "little" or "none"."""
+    """ "full" (complete and nothing wrong), "half" (at least), "little" or "none"."""
     if self.right >= self.part.amount and "wrong" not in self.marks:
       return "full"
     if 2 * self.right >= self.part.amount:
@@ -125,31 +128,33 @@ def points(done: list[str], labels: list[bool], opening: bool, extra: bool) -> i
   extra, repeated or surplus.
   """
   gates = (
-      any(state != "none" for state in done),
-      bool(done) and all(state in ("half", "full") for state in done),
-      all(state == "full" for state in done),
-      opening and all(labels),
-      not extra,
+    any(state != "none" for state in done),
+    bool(done) and all(state in ("half", "full") for state in done),
+    all(state == "full" for state in done),
+    opening and all(labels),
+    not extra,
   )
   return gates.index(False) if False in gates else len(gates)
 
 
-def _pick(rng: np.random.Generator, choices: Any) -> Any:
+def pick(rng: np.random.Generator, choices: Any) -> Any:
   """One of `choices`, uniformly: far quicker than rng.choice on short sequences."""
   return choices[int(rng.random() * len(choices))]
 
 
-def _part_text(rng: np.random.Generator) -> str:
-  """The words of one random part."""
+def _random_part(rng: np.random.Generator) -> tuple[str, str]:
+  """The words of one random part, and its label."""
   draw = rng.random()
   if draw < 0.4:
-    return _pick(rng, _LIST_PHRASES).format(_pick(rng, tuple(AMOUNTS)), _pick(rng, tuple(KINDS)))
+    phrase, amount, kind = pick(rng, _LIST_PHRASES), pick(rng, tuple(AMOUNTS)), pick(rng, tuple(KINDS))
+    return phrase.format(amount, kind), kind
   if draw < 0.7:
-    length = _pick(rng, RUNS)
+    length = pick(rng, RUNS)
     low = int(rng.random() * (LARGEST + 2 - length))
     high = low + length - 1
-    return f"count from {low} to {high}" if rng.random() < 0.5 else f"count down from {high} to {low}"
-  return f"{_pick(rng, ('say', 'repeat'))} {_pick(rng, THINGS)} {_pick(rng, tuple(AMOUNTS))} times"
+    words = f"count from {low} to {high}" if rng.random() < 0.5 else f"count down from {high} to {low}"
+    return words, "numbers"
+  return f"{pick(rng, ('say', 'repeat'))} {pick(rng, THINGS)} {pick(rng, tuple(AMOUNTS))} times", "words"
 
 
 def _part(text: str) -> Part | None:
@@ -170,13 +175,13 @@ def _part(text: str) -> Part | None:
 def instruction(rng: np.random.Generator, heldout: bool | None = None) -> str:
   """A random instruction: one part (35 %) or two with different labels; `heldout` asks for either side of the split."""
   while True:
-    text = _part_text(rng)
+    text, label = _random_part(rng)
     if rng.random() >= 0.35:
-      second = _part_text(rng)
-      while _part(second).label == _part(text).label:
-        second = _part_text(rng)
+      second, other = _random_part(rng)
+      while other == label:
+        second, other = _random_part(rng)
       text = f"{text} then {second}"
-    text = _pick(rng, _OPENERS) + text + "."
+    text = pick(rng, _OPENERS) + text + "."
     text = text[0].upper() + text[1:]
     if heldout in (None, is_heldout(text)):
       return text
@@ -197,10 +202,21 @@ def parse(text: str) -> tuple[Part, ...] | None:
   if not text.endswith("."):
     return None
   text = text[:-1].removeprefix("please ").removeprefix("now ")
-  parts = [_part(words) for words in text.split(" then ")]
-  if len(parts) > 2 or None in parts or len({part.label for part in parts}) < len(parts):
+  pieces = text.split(" then ")
+  parts = [part for words in pieces if (part := _part(words))]
+  if len(pieces) > 2 or len({part.label for part in parts}) < len(pieces):
     return None
   return tuple(parts)
+
+
+def parts_of(text: str) -> tuple[Part, ...]:
+  """What `parse` gives; ValueError where the instruction is not well formed."""
+  parts = parse(text)
+  if parts is None:
+    raise ValueError(
+      f"Not an instruction of the tiny world: {text!r}. Only those that `parse` reads can be answered or judged."
+    )
+  return parts
 
 
 def bucket(text: str) -> int:
@@ -216,7 +232,7 @@ def is_heldout(text: str) -> bool:
 def _stranger(part: Part, rng: np.random.Generator) -> str:
   """An item of the same sort that does not belong to the part."""
   while True:
-    item = str(int(rng.random() * (LARGEST + 1))) if part.task == "count" else _pick(rng, THINGS)
+    item = str(int(rng.random() * (LARGEST + 1))) if part.task == "count" else pick(rng, THINGS)
     if item not in part.wanted:
       return item
 
@@ -233,29 +249,46 @@ def _items(part: Part, rng: np.random.Generator, profile: Profile) -> list[str]:
     items[int(rng.random() * len(items))] = _stranger(part, rng)
   if rng.random() < profile.repeat:
     place = int(rng.random() * len(items))
-    items.insert(place + 1, items[place])
+    again = place + 1 + int(rng.random() * (len(items) - place))
+    if part.task != "say" and again < len(items) and rng.random() < 0.5:
+      items[again] = items[place]  # In place of another one.
+    else:
+      items.insert(again, items[place])
+  if rng.random() < profile.surplus:
+    items += _next(part, items, rng)
   return items
 
 
+def _next(part: Part, items: list[str], rng: np.random.Generator) -> list[str]:
+  """What comes if a part goes on: the next number, another member of the kind, the word once more; or nothing."""
+  if part.task == "say":
+    return [part.wanted[0]]
+  if part.task == "list":
+    left = [member for member in part.wanted if member not in items]
+    return [pick(rng, left)] if left else []
+  last, step = int(part.wanted[-1]), int(part.wanted[-1]) - int(part.wanted[-2])
+  return [str(last + step)] if 0 <= last + step <= LARGEST else []
+
+
 def answer(parts: tuple[Part, ...], rng: np.random.Generator, profile: str | Profile = "human") -> str:
-  """An answer to the parts, with the flaws of a profile ("human", "worse", "flawless", "lost", or one's own)."""
+  """An answer to the parts, with the flaws of a profile ("human", "worse", …, or one's own)."""
   if isinstance(profile, str):
     if profile not in PROFILES:
       raise ValueError(f"No profile {profile!r}: choose from {', '.join(PROFILES)}, or give a Profile.")
     profile = PROFILES[profile]
   if rng.random() < profile.off_topic:
     if rng.random() < 0.5:
-      return _pick(rng, OFF_TOPIC)
+      return pick(rng, OFF_TOPIC)
     parts = parse(instruction(rng)) or parts  # The answer to some other question.
   if len(parts) > 1 and rng.random() < profile.dropped:
-    parts = (_pick(rng, parts),)
+    parts = (pick(rng, parts),)
   labels = rng.random() >= profile.no_labels
   sentences = [] if rng.random() < profile.no_opening else [OPENING]
   for part in parts:
     label = f"{part.label}: " if labels else ""
     sentences.append(label + " ".join(_items(part, rng, profile)) + ".")
   if rng.random() < profile.chatter:
-    sentences.append(_pick(rng, CHATTER))
+    sentences.append(pick(rng, CHATTER))
   return " ".join(sentences)
 
 
@@ -263,7 +296,8 @@ def _sentences(response: str) -> tuple[bool, list[tuple[str, list[str]]]]:
   """Whether the response opens well, and its sentences as (label or "", items). Takes any string."""
   pieces = _PIECES.findall(response.lower().replace("\n", " . "))
   opening = pieces[:2] == ["sure", "!"]
-  sentences, label, items = [], "", []
+  sentences: list[tuple[str, list[str]]] = []
+  label, items = "", list[str]()
   for piece in pieces[2:] if opening else pieces:
     if piece in _ENDS:
       sentences, label, items = sentences + [(label, items)], "", []
@@ -299,14 +333,18 @@ def check(parts: tuple[Part, ...], response: str) -> Check:
   tables = [[_check_part(part, label, items) for label, items in sentences] for part in parts]
   gains = [[2 * min(cell.right, cell.part.amount) + cell.label for cell in row] for row in tables]
   # The best two sentences of each part are enough to find the best choice of different ones.
-  ranked = [sorted((place for place, gain in enumerate(row) if gain), key=lambda place: -row[place])[:2] + [None]
-            for row in gains]
-  choices = [(place,) for place in ranked[0]]
+  ranked = [
+    sorted((place for place, gain in enumerate(row) if gain), key=lambda place: -row[place])[:2] + [None]
+    for row in gains
+  ]
+  choices: list[tuple[int | None, ...]] = [(place,) for place in ranked[0]]
   if len(parts) == 2:
     choices = [(one, two) for one in ranked[0] for two in ranked[1] if one is None or one != two]
   best = max(choices, key=lambda places: sum(gains[i][place] for i, place in enumerate(places) if place is not None))
-  cells = tuple(_check_part(part, "", []) if place is None else row[place]
-                for part, row, place in zip(parts, tables, best, strict=True))
+  cells = tuple(
+    _check_part(part, "", []) if place is None else row[place]
+    for part, row, place in zip(parts, tables, best, strict=True)
+  )
   extra = len(sentences) > sum(place is not None for place in best)
   extra = extra or any(cell.surplus or {"again", "wrong"} & set(cell.marks) for cell in cells)
   return Check(cells, opening, extra)
@@ -316,76 +354,28 @@ def oracle_detail(text: str, response: str) -> dict[str, Any]:
   """The truth about a response: what it has, if all of its parts are complete, and `content`, the share that is."""
   parts = parse(text)
   if parts is None:
-    return {"score": 0, "well_formed": False, "opening": False, "labels": False, "extra": False, "complete": False,
-            "content": 0.0}
+    return {
+      "score": 0,
+      "well_formed": False,
+      "opening": False,
+      "labels": False,
+      "extra": False,
+      "complete": False,
+      "content": 0.0,
+    }
   found = check(parts, response)
   full = [part.done == "full" for part in found.parts]
-  return {"score": found.score, "well_formed": True, "opening": found.opening,
-          "labels": all(part.label for part in found.parts), "extra": found.extra, "complete": all(full),
-          "content": sum(full) / len(full)}
+  return {
+    "score": found.score,
+    "well_formed": True,
+    "opening": found.opening,
+    "labels": all(part.label for part in found.parts),
+    "extra": found.extra,
+    "complete": all(full),
+    "content": sum(full) / len(full),
+  }
 
 
 def oracle(text: str, response: str) -> int:
   """The true score of a response, 0 … 5; 0 where the instruction itself is not well formed. Takes any strings."""
   return oracle_detail(text, response)["score"]
-
-
-def _yes(value: bool) -> str:
-  """A field's value in words."""
-  return "yes" if value else "no"
-
-
-def _asked(part: Part) -> str:
-  """What a part asks for, in the words of a judgement."""
-  if part.task == "list":
-    return str(part.amount)
-  return f"{part.wanted[0]} to {part.wanted[-1]}" if part.task == "count" else f"{part.wanted[0]} {part.amount}"
-
-
-def _written(cells: tuple[PartCheck, ...], done: list[str], labels: list[bool], opening: bool, extra: bool,
-             score: int) -> str:
-  """The text of a judgement: each field is a copy from the prompt, or follows from the fields just before it."""
-  lines = []
-  for cell, state, label in zip(cells, done, labels, strict=True):
-    got = " ".join(word for pair in zip(cell.items, cell.marks, strict=True) for word in pair if word) or "none"
-    lines.append(f"{cell.part.label} asked {_asked(cell.part)} got {got} done {state} label {_yes(label)}.")
-  earned = " ".join(str(point) for point in range(1, score + 1)) or "none"
-  return " ".join(lines) + f" opening {_yes(opening)}. extra {_yes(extra)}. points {earned}.\nScore: {score}"
-
-
-def _well_formed(text: str) -> tuple[Part, ...]:
-  """The parts of an instruction; ValueError where it is not well formed."""
-  parts = parse(text)
-  if parts is None:
-    raise ValueError(f"Not an instruction of the tiny world: {text!r}. Only those that `parse` reads can be judged.")
-  return parts
-
-
-def judgement(text: str, response: str) -> str:
-  """An annotator's written check of a response and its score. ValueError where the instruction is not well formed."""
-  found = check(_well_formed(text), response)
-  return _written(found.parts, [part.done for part in found.parts], [part.label for part in found.parts], found.opening,
-                  found.extra, found.score)
-
-
-def noisy_judgement(text: str, response: str, rng: np.random.Generator, noise: float = 0.5) -> str:
-  """A careless forum judge: with probability `noise` each, it misses a flaw, misreads a part, or just says 4.
-
-  At `noise` 0 it equals `judgement`. ValueError where the instruction is not well formed.
-  """
-  found = check(_well_formed(text), response)
-  done, labels = [part.done for part in found.parts], [part.label for part in found.parts]
-  opening, extra = found.opening, found.extra
-  if rng.random() < noise:
-    extra = False
-  if rng.random() < noise:
-    opening, labels = True, [True] * len(labels)
-  for place in range(len(done)):
-    if rng.random() < noise / 2:
-      done[place] = _pick(rng, ("full", "full", "half", "little"))
-  score = points(done, labels, opening, extra)
-  if rng.random() < noise / 2:
-    score = 4
-  elif rng.random() < noise / 2:
-    score = min(5, max(0, score + _pick(rng, (-1, 1))))
-  return _written(found.parts, done, labels, opening, extra, score)

@@ -26,27 +26,33 @@ from etils import epath
 import numpy as np
 import sentencepiece
 
-from srlm_jax import records
-from srlm_jax import templates
-from srlm_jax import world
+from srlm_jax import records, templates, world, world_judges
 
 HELDOUT, IFT, EFT = range(0, 4), range(4, 12), range(12, 20)  # Shares of `world.bucket`.
 TRAINING = range(4, 20)
 SYMBOLS = ("\n", "[INST]", "[/INST]", "<response>", "</response>", ".", ":", "!", "?", ",")  # Always single pieces.
 _SYMBOL = re.compile("|".join(re.escape(symbol) for symbol in SYMBOLS))
 _WORD = re.compile("▁?[^▁\n]+")
-JUDGED_AS = {0: "lost", 1: "worse", 2: "worse", 3: "human", 4: "human", 5: "flawless"}  # Who often earns this score.
+# Who often earns this score; of several, one at random.
+JUDGED_AS = {
+  0: ("lost",),
+  1: ("worse",),
+  2: ("careless", "careless", "worse"),
+  3: ("human", "careless"),
+  4: ("human", "careless"),
+  5: ("flawless",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """How much of everything. The pretraining text is about 2 million tokens, 1,200 steps of 16 rows of 112."""
 
-  member_lists: int = 3000
+  member_lists: int = 6000
   task_lists: int = 8000
   exchanges: int = 20000
   forum_judgements: int = 8000
-  noise: float = 0.5  # Of the forum's judges, see `world.noisy_judgement`.
+  noise: float = 0.5  # Of the forum's judges, see `world_judges.noisy_judgement`.
   ift_trees: int = 1200  # Each with one reply, so the first-ranked is as mixed as people are.
   eft_trees: int = 1600
   heldout_trees: int = 400
@@ -76,7 +82,7 @@ def _distinct(rng: np.random.Generator, share: range, count: int) -> list[str]:
 
 def _answer(rng: np.random.Generator, text: str, profile: str) -> str:
   """Somebody's answer to an instruction."""
-  return world.answer(world.parse(text), rng, profile)
+  return world.answer(world.parts_of(text), rng, profile)
 
 
 def _someone(rng: np.random.Generator) -> str:
@@ -112,7 +118,7 @@ def pretraining(rng: np.random.Generator, sizes: Sizes, rubric: templates.Rubric
   for _ in range(sizes.forum_judgements):
     text = _draw(rng, TRAINING)
     response = _answer(rng, text, _someone(rng))
-    verdict = world.noisy_judgement(text, response, rng, sizes.noise)
+    verdict = world_judges.noisy_judgement(text, response, rng, sizes.noise)
     lines.append({"prompt": rubric.fill(text, response), "response": verdict})
   return [lines[place] for place in rng.permutation(len(lines))]
 
@@ -130,11 +136,24 @@ def train_tokenizer(texts: Sequence[str]) -> bytes:
   sentences = list(texts[:6000]) + [word[1:] if word[0] == "▁" else "\n" + word for word in sorted(words)] * 50
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(sentences), model_writer=model, model_type="unigram",
-      vocab_size=4 + len(SYMBOLS) + len(set(letters) | words), hard_vocab_limit=False,
-      normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=False,
-      user_defined_symbols=list(SYMBOLS), required_chars="".join(letters), unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-      max_sentence_length=100_000, num_threads=1, minloglevel=2)
+    sentence_iterator=iter(sentences),
+    model_writer=model,
+    model_type="unigram",
+    vocab_size=4 + len(SYMBOLS) + len(set(letters) | words),
+    hard_vocab_limit=False,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    byte_fallback=False,
+    user_defined_symbols=list(SYMBOLS),
+    required_chars="".join(letters),
+    unk_id=0,
+    bos_id=1,
+    eos_id=2,
+    pad_id=-1,
+    max_sentence_length=100_000,
+    num_threads=1,
+    minloglevel=2,
+  )
   return model.getvalue()
 
 
@@ -145,9 +164,21 @@ def _words(text: str) -> set[str]:
 
 def _node(rng: np.random.Generator, text: str, role: str, parent: str | None, rank: int | None) -> dict[str, Any]:
   """A message of the Open Assistant schema, without replies."""
-  return {"message_id": str(uuid.UUID(bytes=rng.bytes(16), version=4)), "parent_id": parent, "text": text, "role": role,
-          "lang": "en", "review_count": 3, "review_result": True, "deleted": False, "rank": rank, "synthetic": False,
-          "model_name": None, "emojis": {}, "replies": []}
+  return {
+    "message_id": str(uuid.UUID(bytes=rng.bytes(16), version=4)),
+    "parent_id": parent,
+    "text": text,
+    "role": role,
+    "lang": "en",
+    "review_count": 3,
+    "review_result": True,
+    "deleted": False,
+    "rank": rank,
+    "synthetic": False,
+    "model_name": None,
+    "emojis": {},
+    "replies": [],
+  }
 
 
 def _tree(rng: np.random.Generator, text: str, replies: Sequence[str]) -> dict[str, Any]:
@@ -159,7 +190,7 @@ def _tree(rng: np.random.Generator, text: str, replies: Sequence[str]) -> dict[s
 
 def _ranked(rng: np.random.Generator, text: str, count: int, profiles: Sequence[str]) -> list[str]:
   """`count` different replies, ranked best first by the oracle as annotator; of different scores where possible."""
-  by_score = collections.defaultdict(list)
+  by_score: dict[int, list[str]] = collections.defaultdict(list)
   seen: set[str] = set()
   tries = 0
   while len(by_score) < count and tries < 8 * count or len(seen) < count:
@@ -189,8 +220,10 @@ def training_trees(rng: np.random.Generator, sizes: Sizes) -> list[dict[str, Any
 def heldout_trees(rng: np.random.Generator, sizes: Sizes) -> list[dict[str, Any]]:
   """Held-out instructions with ranked replies of every quality, for the reward-model metrics."""
   profiles = ("human", "human", "worse", "flawless")
-  return [_tree(rng, text, _ranked(rng, text, sizes.replies[1], profiles))
-          for text in _distinct(rng, HELDOUT, sizes.heldout_trees)]
+  return [
+    _tree(rng, text, _ranked(rng, text, sizes.replies[1], profiles))
+    for text in _distinct(rng, HELDOUT, sizes.heldout_trees)
+  ]
 
 
 def judgements(rng: np.random.Generator, sizes: Sizes, rubric: templates.Rubric) -> Iterator[records.SFTExample]:
@@ -198,14 +231,18 @@ def judgements(rng: np.random.Generator, sizes: Sizes, rubric: templates.Rubric)
   pool = [_draw(rng, EFT) for _ in range(sizes.judged_instructions)]
   for number in range(sizes.judgements):
     score = number % 6
-    profile = JUDGED_AS[score]
+    profile = world.pick(rng, JUDGED_AS[score])
     while True:
       text = pool[int(rng.random() * len(pool))]
       response = _answer(rng, text, profile)
       if world.oracle(text, response) == score:
         break
-    yield records.SFTExample(id=f"judgement-{number}", kind="eft", prompt=rubric.fill(text, response),
-                             response=world.judgement(text, response))
+    yield records.SFTExample(
+      id=f"judgement-{number}",
+      kind="eft",
+      prompt=rubric.fill(text, response),
+      response=world_judges.judgement(text, response),
+    )
 
 
 def _json_lines(items: Sequence[dict[str, Any]]) -> str:
@@ -230,8 +267,11 @@ def write_world(folder: epath.PathLike, seed: int = 0, sizes: Sizes = Sizes()) -
   (folder / "heldout_trees.jsonl").write_text(_json_lines(heldout_trees(streams[2], sizes)))
   (folder / "judgements.jsonl").write_text(records.dumps(judgements(streams[3], sizes, rubric)))
   prompts = _distinct(streams[4], HELDOUT, sizes.heldout_prompts)
-  (folder / "heldout_prompts.jsonl").write_text(records.dumps(
-      records.Prompt(id=f"heldout-{number}", text=prompt, source="world") for number, prompt in enumerate(prompts)))
+  (folder / "heldout_prompts.jsonl").write_text(
+    records.dumps(
+      records.Prompt(id=f"heldout-{number}", text=prompt, source="world") for number, prompt in enumerate(prompts)
+    )
+  )
   return _facts(folder, trees)
 
 
@@ -241,5 +281,9 @@ def _facts(folder: epath.Path, trees: Sequence[dict[str, Any]]) -> dict[str, Any
   lines = {path.name: path.read_text().count("\n") for path in sorted(folder.glob("*.jsonl"))}
   roots = [tree["prompt"] for tree in trees if len(tree["prompt"]["replies"]) == 1]
   scores = [world.oracle(root["text"], root["replies"][0]["text"]) for root in roots]
-  return {"lines": lines, "vocabulary": vocabulary.vocab_size(), "ift_mean": float(np.mean(scores)),
-          "ift_perfect": float(np.mean(np.equal(scores, 5)))}
+  return {
+    "lines": lines,
+    "vocabulary": vocabulary.vocab_size(),
+    "ift_mean": float(np.mean(scores)),
+    "ift_perfect": float(np.mean(np.equal(scores, 5))),
+  }

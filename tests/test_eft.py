@@ -10,10 +10,18 @@ from srlm_jax import eft
 def judged(name: str, *attempts: list[float | None]) -> list[eft.Judged]:
   """Judgements of a prompt: attempt i has the scores of the replies of rank 0, 1, …"""
   return [
-      eft.Judged(
-          prompt_id=name, prompt=f"{name}?", reply_id=f"r{rank}", reply=f"{name} {rank}", rank=rank, score=score,
-          judgement_text=f"Score: {score}", sample=sample)
-      for sample, scores in enumerate(attempts) for rank, score in enumerate(scores)
+    eft.Judged(
+      prompt_id=name,
+      prompt=f"{name}?",
+      reply_id=f"r{rank}",
+      reply=f"{name} {rank}",
+      rank=rank,
+      score=score,
+      judgement_text=f"Score: {score}",
+      sample=sample,
+    )
+    for sample, scores in enumerate(attempts)
+    for rank, score in enumerate(scores)
   ]
 
 
@@ -27,15 +35,26 @@ def check_sums(counts: Counter[str]) -> None:
 
 
 PROMPTS = [
-    *judged("agrees", [5, 3, 1]), *judged("swapped", [5, 1, 3]), *judged("ties", [5, 3, 3]), *judged("equal", [4, 4])]
+  *judged("agrees", [5, 3, 1]),
+  *judged("swapped", [5, 1, 3]),
+  *judged("ties", [5, 3, 3]),
+  *judged("equal", [4, 4]),
+]
 
 
 def test_by_prompt_asks_for_the_whole_order() -> None:
   accepted, counts = eft.accept(PROMPTS)
   assert kept(accepted) == [("agrees", "r0", 0), ("agrees", "r1", 0), ("agrees", "r2", 0)]
   assert counts == {
-      "prompts": 4, "prompts/kept": 1, "prompts/disagrees": 1, "prompts/tied": 2,
-      "replies": 11, "replies/kept": 3, "replies/disagrees": 3, "replies/tied": 5}
+    "prompts": 4,
+    "prompts/kept": 1,
+    "prompts/disagrees": 1,
+    "prompts/tied": 2,
+    "replies": 11,
+    "replies/kept": 3,
+    "replies/disagrees": 3,
+    "replies/tied": 5,
+  }
   check_sums(counts)
 
 
@@ -116,8 +135,12 @@ def test_accept_refuses() -> None:
 
 def scored(**scores: int) -> list[eft.Judged]:
   """So many judgements of each score, as s4=20."""
-  return [one for name, count in scores.items() for index in range(count)
-          for one in judged(f"{name}-{index}", [float(name[1:])])]
+  return [
+    one
+    for name, count in scores.items()
+    for index in range(count)
+    for one in judged(f"{name}-{index}", [float(name[1:])])
+  ]
 
 
 def tally(examples: list[eft.Judged]) -> dict[float, int]:
@@ -159,7 +182,9 @@ def test_thin_refuses() -> None:
 def test_examples_are_filled_judge_prompts() -> None:
   examples = eft.to_examples(judged("p", [5, 2]), lambda instruction, response: f"<{instruction}|{response}>")
   assert [(one.id, one.kind, one.prompt, one.response) for one in examples] == [
-      ("p/r0", "eft", "<p?|p 0>", "Score: 5"), ("p/r1", "eft", "<p?|p 1>", "Score: 2")]
+    ("p/r0", "eft", "<p?|p 0>", "Score: 5"),
+    ("p/r1", "eft", "<p?|p 1>", "Score: 2"),
+  ]
 
 
 def test_no_overlap() -> None:

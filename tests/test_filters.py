@@ -33,24 +33,24 @@ def test_clean_collapses_white_space_and_capitalises_only_the_first_letter() -> 
 
 
 @pytest.mark.parametrize(
-    "task, reason",
-    [
-        ("", "too_short"),
-        ("Name three birds", "too_short"),
-        ("Name three small birds", None),
-        (words(150), None),
-        (words(151), "too_long"),
-        ("Write a program that sorts", "starts_write_a_program"),
-        ("write a program that sorts", "starts_write_a_program"),
-        ("Please write a program that sorts", None),
-        ("Write a poem that rhymes", None),
-        ("- name three small birds", "punctuation_start"),
-        ("\"Name three small birds\"", "punctuation_start"),
-        ("3 birds that can swim", None),
-        ("¿Qué hora es ahora mismo?", "non_ascii_start"),
-        ("Écris un poème court", "non_ascii_start"),
-        ("Name three birds in café style", None),
-    ],
+  "task, reason",
+  [
+    ("", "too_short"),
+    ("Name three birds", "too_short"),
+    ("Name three small birds", None),
+    (words(150), None),
+    (words(151), "too_long"),
+    ("Write a program that sorts", "starts_write_a_program"),
+    ("write a program that sorts", "starts_write_a_program"),
+    ("Please write a program that sorts", None),
+    ("Write a poem that rhymes", None),
+    ("- name three small birds", "punctuation_start"),
+    ('"Name three small birds"', "punctuation_start"),
+    ("3 birds that can swim", None),
+    ("¿Qué hora es ahora mismo?", "non_ascii_start"),
+    ("Écris un poème court", "non_ascii_start"),
+    ("Name three birds in café style", None),
+  ],
 )
 def test_each_rule_of_the_wording_at_its_edge(task: str, reason: str | None) -> None:
   assert filters.reject_reason(task) == reason
@@ -84,13 +84,13 @@ def test_the_number_of_words_is_a_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"min_words": 0}, "min_words=0"),
-        ({"min_words": 9, "max_words": 8}, "max_words=8"),
-        ({"blacklist": ("map", " ")}, "blacklist"),
-        ({"blacklist": "map"}, "blacklist"),
-    ],
+  "settings, message",
+  [
+    ({"min_words": 0}, "min_words=0"),
+    ({"min_words": 9, "max_words": 8}, "max_words=8"),
+    ({"blacklist": ("map", " ")}, "blacklist"),
+    ({"blacklist": "map"}, "blacklist"),
+  ],
 )
 def test_impossible_rules_are_refused(settings: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
@@ -181,10 +181,10 @@ def test_an_impossible_rouge_is_refused(limit: float) -> None:
 
 def test_canary_demonstrations_handed_back_as_new_prompts_are_rejected() -> None:
   demonstrations = [
-      "give me three birds then count from 9 to 12 .",
-      "Explain why the sky\nis blue.",
-      "What is the tallest mountain in Europe",
-      "你 好 吗 朋友",
+    "give me three birds then count from 9 to 12 .",
+    "Explain why the sky\nis blue.",
+    "What is the tallest mountain in Europe",
+    "你 好 吗 朋友",
   ]
   for limit in (0.7, 1.0):
     novelty = filters.NoveltyFilter(max_rouge=limit)
@@ -199,16 +199,16 @@ def test_keep_new_counts_every_reason_and_compares_with_what_it_kept() -> None:
   novelty = filters.NoveltyFilter()
   novelty.seed(["List four ways to save water at home"])
   tasks = [
-      "too short",
-      words(151),
-      "Draw a small red house",
-      "Write a program that adds numbers",
-      "(a) name five green fruits",
-      "Über alles reden wir heute",
-      "list four ways to save  water at home.",
-      "List five ways to save water at home",
-      " explain   how bees make honey ",
-      "Explain how bees make their honey",
+    "too short",
+    words(151),
+    "Draw a small red house",
+    "Write a program that adds numbers",
+    "(a) name five green fruits",
+    "Über alles reden wir heute",
+    "list four ways to save  water at home.",
+    "List five ways to save water at home",
+    " explain   how bees make honey ",
+    "Explain how bees make their honey",
   ]
   kept, dropped = filters.keep_new(tasks, novelty)
   assert kept == ["Explain how bees make honey"]

@@ -12,7 +12,9 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
-  "data": "records templates filters metrics oasst eft pairing world world_files paper tables plots config",
+  "data": (
+    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
+  ),
   "arrays": "mesh tokenizer chat batching dataset",
   "model": "llama convert",
   "pure": "logprobs losses train_step sampling",

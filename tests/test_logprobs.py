@@ -53,7 +53,8 @@ def test_the_end_token_counts(model):
 def test_chunks_give_the_same_gradient(model):
   batch = make_batch(EXAMPLES, 9)
   gradients = [
-    jax.grad(lambda model, chunk=chunk: logprobs.sequence_logprobs(model, batch, chunk).sum())(model) for chunk in (0, 3)
+    jax.grad(lambda model, chunk=chunk: logprobs.sequence_logprobs(model, batch, chunk).sum())(model)
+    for chunk in (0, 3)
   ]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5), *gradients)
 

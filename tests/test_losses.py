@@ -25,7 +25,9 @@ def test_dpo_and_its_gradient_equal_numpy():
   arrays = [rng.normal(-20, 5, 8) for _ in range(4)]
   loss, metrics = losses.dpo(*map(jnp.asarray, arrays), beta=0.3)
   assert loss == pytest.approx(numpy_dpo(*arrays, beta=0.3), rel=1e-5)
-  gradient = jax.grad(lambda chosen: losses.dpo(chosen, *map(jnp.asarray, arrays[1:]), beta=0.3)[0])(jnp.asarray(arrays[0]))
+  gradient = jax.grad(lambda chosen: losses.dpo(chosen, *map(jnp.asarray, arrays[1:]), beta=0.3)[0])(
+    jnp.asarray(arrays[0])
+  )
   margin = 0.3 * ((arrays[0] - arrays[2]) - (arrays[1] - arrays[3]))
   np.testing.assert_allclose(gradient, -0.3 / (1 + np.exp(margin)) / 8, rtol=1e-4)
   np.testing.assert_allclose(metrics["margin"], margin.mean(), rtol=1e-4)

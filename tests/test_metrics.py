@@ -23,9 +23,9 @@ def values(result: dict[str, metrics.Estimate]) -> dict[str, float | None]:
 
 def test_two_prompts_worked_out_by_hand() -> None:
   result = metrics.reward_model_metrics(
-      ranks=[[0, 1, 2], [1, 0]],
-      # Prompt 1: pairs (5, 5) tied, (5, 3) right, (5, 3) right. Prompt 2: the worse response scores higher: wrong.
-      scores=[[5, 5, 3], [5, 2]],
+    ranks=[[0, 1, 2], [1, 0]],
+    # Prompt 1: pairs (5, 5) tied, (5, 3) right, (5, 3) right. Prompt 2: the worse response scores higher: wrong.
+    scores=[[5, 5, 3], [5, 2]],
   )
   assert list(result) == [
       "pairwise", "pairwise_strict", "tie_rate", "exact_match", "spearman", "kendall", "five_best", "unreadable",
@@ -33,7 +33,8 @@ def test_two_prompts_worked_out_by_hand() -> None:
   ]  # fmt: skip
   spearman = 1.5 / math.sqrt(2 * 1.5)  # Ranks 3, 2, 1 against 2.5, 2.5, 1: covariance 1.5, squares 2 and 1.5.
   kendall = 2 / math.sqrt(3 * 2)  # Two concordant pairs; 3 pairs untied on one side, 2 on the other.
-  assert values(result) == pytest.approx({
+  assert values(result) == pytest.approx(
+    {
       "pairwise": 2 / 3,
       "pairwise_strict": 2 / 4,
       "tie_rate": 1 / 4,
@@ -43,7 +44,8 @@ def test_two_prompts_worked_out_by_hand() -> None:
       "five_best": 1 / 3,
       "unreadable": 0.0,
       "undefined": 0.0,
-  })
+    }
+  )
   assert {name: estimate.count for name, estimate in result.items()} == {
       "pairwise": 3, "pairwise_strict": 4, "tie_rate": 4, "exact_match": 2, "spearman": 2, "kendall": 2, "five_best": 3,
       "unreadable": 5, "undefined": 2,
@@ -155,13 +157,13 @@ def test_five_best_asks_for_the_scales_own_top() -> None:
 
 
 @pytest.mark.parametrize(
-    "ranks, scores, message",
-    [
-        ([[0, 1]], [], "ranks of 1 prompts but scores of 0"),
-        ([[0, 1], [0, 1]], [[1, 2], [3]], "prompt 1: 2 ranks but 1 scores"),
-        ([[0, math.nan]], [[1, 2]], "ranks .* must be finite"),
-        ([[0, 1]], [[1, math.nan]], "Pass None"),
-    ],
+  "ranks, scores, message",
+  [
+    ([[0, 1]], [], "ranks of 1 prompts but scores of 0"),
+    ([[0, 1], [0, 1]], [[1, 2], [3]], "prompt 1: 2 ranks but 1 scores"),
+    ([[0, math.nan]], [[1, 2]], "ranks .* must be finite"),
+    ([[0, 1]], [[1, math.nan]], "Pass None"),
+  ],
 )
 def test_input_that_cannot_be_is_refused(ranks: list, scores: list, message: str) -> None:
   with pytest.raises(ValueError, match=message):
@@ -238,19 +240,19 @@ def test_impossible_bootstraps_are_refused(settings: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "first, second, outcome",
-    [
-        ("A", "B", 1),
-        ("B", "A", -1),
-        ("A", "A", 0),
-        ("B", "B", 0),
-        ("tie", "tie", 0),
-        ("A", "tie", 0),
-        ("tie", "A", 0),
-        (None, "B", None),
-        ("A", None, None),
-        (None, None, None),
-    ],
+  "first, second, outcome",
+  [
+    ("A", "B", 1),
+    ("B", "A", -1),
+    ("A", "A", 0),
+    ("B", "B", 0),
+    ("tie", "tie", 0),
+    ("A", "tie", 0),
+    ("tie", "A", 0),
+    (None, "B", None),
+    ("A", None, None),
+    (None, None, None),
+  ],
 )
 def test_both_orders(first: str | None, second: str | None, outcome: int | None) -> None:
   assert metrics.both_orders(first, second) == outcome
@@ -291,7 +293,7 @@ def test_canary_a_model_against_itself_swaps_sign_with_the_sides() -> None:
   theirs = metrics.duel([[-outcome for outcome in group] for group in outcomes])
   assert (ours.win, ours.loss) == (theirs.loss, theirs.win)
   assert (ours.net.value, ours.net.low, ours.net.high) == pytest.approx(
-      (-theirs.net.value, -theirs.net.high, -theirs.net.low)
+    (-theirs.net.value, -theirs.net.high, -theirs.net.low)
   )
 
 

@@ -57,10 +57,23 @@ def ids(part: tuple[Any, ...]) -> set[str]:
 @pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
 def test_reads_both_releases_plain_and_gzip(tmp_path: pathlib.Path, name: str) -> None:
   bare = {"message_id": "a", "text": "yes", "role": "assistant", "lang": "en", "rank": 0}
-  old = {"message_tree_id": "old", "tree_state": "ready_for_export",
-         "prompt": {"message_id": "old", "text": "old?", "role": "prompter", "lang": "en", "replies": [bare]}}
-  nulls = dict(parent_id=None, review_count=None, review_result=None, deleted=None, synthetic=None, emojis=None,
-               labels=None, detoxify=None, events=None, model_name=None)
+  old = {
+    "message_tree_id": "old",
+    "tree_state": "ready_for_export",
+    "prompt": {"message_id": "old", "text": "old?", "role": "prompter", "lang": "en", "replies": [bare]},
+  }
+  nulls = dict(
+    parent_id=None,
+    review_count=None,
+    review_result=None,
+    deleted=None,
+    synthetic=None,
+    emojis=None,
+    labels=None,
+    detoxify=None,
+    events=None,
+    model_name=None,
+  )
   # Deeper turns are not read, so that they may be anything.
   deep = node("c", rank=1, replies=[{"role": "nobody"}], **nulls)
   new = tree("new", deep, node("b", rank=0, **nulls), **nulls) | {"origin": "x"}
@@ -72,15 +85,15 @@ def test_reads_both_releases_plain_and_gzip(tmp_path: pathlib.Path, name: str) -
 
 
 TREE_REASONS = {
-    "tree_state": tree("t", node("a", rank=0), state="growing"),
-    "lang": tree("t", node("a", rank=0), lang="de"),
-    "review_result": tree("t", node("a", rank=0), review_result=False),
-    "deleted": tree("t", node("a", rank=0), deleted=True),
-    "synthetic": tree("t", node("a", rank=0), synthetic=True),
-    "empty text": tree("t", node("a", rank=0), text=" \n"),
-    "no reply": tree("t"),
-    "no reply left": tree("t", node("a", rank=None), node("b", rank=0, deleted=True)),
-    "rank given twice": tree("t", node("a", rank=0), node("b", rank=0)),
+  "tree_state": tree("t", node("a", rank=0), state="growing"),
+  "lang": tree("t", node("a", rank=0), lang="de"),
+  "review_result": tree("t", node("a", rank=0), review_result=False),
+  "deleted": tree("t", node("a", rank=0), deleted=True),
+  "synthetic": tree("t", node("a", rank=0), synthetic=True),
+  "empty text": tree("t", node("a", rank=0), text=" \n"),
+  "no reply": tree("t"),
+  "no reply left": tree("t", node("a", rank=None), node("b", rank=0, deleted=True)),
+  "rank given twice": tree("t", node("a", rank=0), node("b", rank=0)),
 }
 
 
@@ -89,7 +102,10 @@ def test_every_tree_left_out_has_its_reason(tmp_path: pathlib.Path, reason: str)
   trees, counts = oasst.read_trees(write(tmp_path, TREE_REASONS[reason], ranked("good")))
   assert [one.id for one in trees] == ["good"]
   assert {key: number for key, number in counts.items() if key.startswith("trees")} == {
-      "trees": 2, "trees/kept": 1, f"trees/{reason}": 1}
+    "trees": 2,
+    "trees/kept": 1,
+    f"trees/{reason}": 1,
+  }
   check_sums(counts)
 
 
@@ -101,9 +117,16 @@ def test_absent_state_and_language_are_left_out(tmp_path: pathlib.Path) -> None:
 
 def test_replies_are_filtered_and_keep_their_ranks(tmp_path: pathlib.Path) -> None:
   line = tree(
-      "t", node("german", rank=0, lang="de"), node("good", rank=1), node("spam", rank=2, review_result=False),
-      node("gone", rank=3, deleted=True), node("machine", rank=4, synthetic=True), node("empty", rank=5, text=""),
-      node("unranked", rank=None), node("last", rank=7))
+    "t",
+    node("german", rank=0, lang="de"),
+    node("good", rank=1),
+    node("spam", rank=2, review_result=False),
+    node("gone", rank=3, deleted=True),
+    node("machine", rank=4, synthetic=True),
+    node("empty", rank=5, text=""),
+    node("unranked", rank=None),
+    node("last", rank=7),
+  )
   trees, counts = oasst.read_trees(write(tmp_path, line))
   assert [(reply.id, reply.rank) for reply in trees[0].replies] == [("good", 1), ("last", 7)]
   assert oasst.ift_example(trees[0]) is None  # The reply of rank 0 is German; the next one does not stand in.
@@ -121,19 +144,19 @@ def without(line: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 DAMAGED = {
-    "cut": (json.dumps(ranked("t"))[:-9], "the line: Invalid JSON"),
-    "not an object": ("[1]", "the line"),
-    "no tree id": (without(ranked("t"), "message_tree_id"), "message_tree_id"),
-    "no prompt": (without(ranked("t"), "prompt"), "prompt"),
-    "no message id": (tree("t", without(node("a"), "message_id")), "prompt.replies.0.message_id"),
-    "no text": (tree("t", node("a"), without(node("b"), "text")), "prompt.replies.1.text"),
-    "null text": (tree("t", text=None), "prompt.text"),
-    "no role": (tree("t", without(node("a"), "role")), "prompt.replies.0.role"),
-    "prompter as reply": (tree("t", node("a", role="prompter")), "prompt.replies.0.role"),
-    "assistant as root": (tree("t") | {"prompt": node("t")}, "prompt.role"),
-    "negative rank": (tree("t", node("a", rank=-1)), "prompt.replies.0.rank"),
-    "tree twice": (ranked("first"), "tree first was already on line 1"),
-    "reply twice": (tree("t", node("a", rank=0), node("a", rank=1)), "reply a occurs twice"),
+  "cut": (json.dumps(ranked("t"))[:-9], "the line: Invalid JSON"),
+  "not an object": ("[1]", "the line"),
+  "no tree id": (without(ranked("t"), "message_tree_id"), "message_tree_id"),
+  "no prompt": (without(ranked("t"), "prompt"), "prompt"),
+  "no message id": (tree("t", without(node("a"), "message_id")), "prompt.replies.0.message_id"),
+  "no text": (tree("t", node("a"), without(node("b"), "text")), "prompt.replies.1.text"),
+  "null text": (tree("t", text=None), "prompt.text"),
+  "no role": (tree("t", without(node("a"), "role")), "prompt.replies.0.role"),
+  "prompter as reply": (tree("t", node("a", role="prompter")), "prompt.replies.0.role"),
+  "assistant as root": (tree("t") | {"prompt": node("t")}, "prompt.role"),
+  "negative rank": (tree("t", node("a", rank=-1)), "prompt.replies.0.rank"),
+  "tree twice": (ranked("first"), "tree first was already on line 1"),
+  "reply twice": (tree("t", node("a", rank=0), node("a", rank=1)), "reply a occurs twice"),
 }
 
 

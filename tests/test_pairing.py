@@ -61,7 +61,7 @@ def test_an_unreadable_verdict_is_left_out_and_never_rejected() -> None:
   judgements = [judgement(0, None), judgement(1, 3.0), judgement(2, 5.0), judgement(3, None)]
   groups = pairing.by_prompt(responses, judgements)
   assert groups == {"p": [(responses[1], 3.0), (responses[2], 5.0)]}
-  (best, worst), = pairing.pair_up(groups, 0.0)[0]
+  ((best, worst),) = pairing.pair_up(groups, 0.0)[0]
   assert (best[0].sample, worst[0].sample) == (2, 1)
 
 

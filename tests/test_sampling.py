@@ -92,7 +92,11 @@ def test_samples_differ_and_the_seed_matters(model):
 
 def test_an_end_token_ends_the_text_and_is_in_it(model):
   requests = [generator.Request(str(n), (3 + n,), 4) for n in range(40)]
-  texts = [text for texts in run(make(model, rows=32, temperature=1.5, top_p=1.0, max_new=30), requests).values() for text in texts]
+  texts = [
+    text
+    for texts in run(make(model, rows=32, temperature=1.5, top_p=1.0, max_new=30), requests).values()
+    for text in texts
+  ]
   ended = [text for text in texts if text.finished]
   assert ended and len(ended) < len(texts)
   for text in texts:

@@ -13,42 +13,42 @@ SAY = "Say owl three times."
 DOWN = "Count down from 7 to 3 then list two fish for me."
 
 ORACLE = [
-    # instruction, response, score
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12.", 5),
-    (TWO, "sure! birds: crow, swan, owl.\nnumbers: 9, 10, 11, 12", 5),
-    (TWO, "Sure! numbers: 9 10 11 12. birds: owl swan crow.", 5),
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12. Hope this helps!", 4),
-    (TWO, "Sure! birds: crow swan owl dove. numbers: 9 10 11 12.", 4),  # Surplus.
-    (TWO, "Sure! birds: crow crow swan owl. numbers: 9 10 11 12.", 4),  # Repeated.
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 10 11 12.", 4),
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12. birds: crow swan owl.", 4),
-    (TWO, "birds: crow swan owl. numbers: 9 10 11 12.", 3),  # No opening.
-    (TWO, "Sure! crow swan owl. 9 10 11 12.", 3),  # No labels.
-    (TWO, "Sure! crow swan owl. numbers: 9 10 11 12.", 3),
-    (TWO, "crow swan owl. 9 10 11 12. Let me know.", 3),
-    (TWO, "Sure! birds: crow swan. numbers: 9 10 11 12.", 2),
-    (TWO, "Sure! birds: crow swan owl trout. numbers: 9 10 11 12.", 2),  # Complete, but a fish is no bird.
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 12.", 2),
-    (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12 13.", 2),
-    (TWO, "Sure! birds: crow swan owl. numbers: 12 11 10 9.", 1),
-    (TWO, "Sure! birds: crow. numbers: 9 10 11 12.", 1),  # One of three is less than half.
-    (TWO, "Sure! birds: crow swan owl.", 1),
-    (TWO, "crow", 1),
-    (TWO, "Sure! fish: cod carp eel. numbers: 1 2 3.", 0),
-    (TWO, "Sure! birds: cod.", 0),
-    (TWO, "I like tea.", 0),
-    (TWO, "", 0),
-    (TWO, "Sure!", 0),
-    (SAY, "Sure! words: owl owl owl.", 5),
-    (SAY, "Sure! words: owl owl owl owl.", 4),
-    (SAY, "Sure! words: owl owl.", 2),
-    (SAY, "Sure! words: owl.", 1),
-    (SAY, "Sure! words: owl owl crow.", 2),
-    (DOWN, "Sure! numbers: 7 6 5 4 3. fish: cod eel.", 5),
-    (DOWN, "Sure! numbers: 3 4 5 6 7. fish: cod eel.", 1),  # Upwards only one number is in its place.
-    (DOWN, "Sure! numbers: 7 6 5 4 3. fish: cod cod.", 2),
-    ("List two fish for me then say cod three times.", "Sure! words: cod cod cod.", 1),
-    ("Sing me a song.", "Sure!", 0),
+  # instruction, response, score
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12.", 5),
+  (TWO, "sure! birds: crow, swan, owl.\nnumbers: 9, 10, 11, 12", 5),
+  (TWO, "Sure! numbers: 9 10 11 12. birds: owl swan crow.", 5),
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12. Hope this helps!", 4),
+  (TWO, "Sure! birds: crow swan owl dove. numbers: 9 10 11 12.", 4),  # Surplus.
+  (TWO, "Sure! birds: crow crow swan owl. numbers: 9 10 11 12.", 4),  # Repeated.
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 10 11 12.", 4),
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12. birds: crow swan owl.", 4),
+  (TWO, "birds: crow swan owl. numbers: 9 10 11 12.", 3),  # No opening.
+  (TWO, "Sure! crow swan owl. 9 10 11 12.", 3),  # No labels.
+  (TWO, "Sure! crow swan owl. numbers: 9 10 11 12.", 3),
+  (TWO, "crow swan owl. 9 10 11 12. Let me know.", 3),
+  (TWO, "Sure! birds: crow swan. numbers: 9 10 11 12.", 2),
+  (TWO, "Sure! birds: crow swan owl trout. numbers: 9 10 11 12.", 2),  # Complete, but a fish is no bird.
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 12.", 2),
+  (TWO, "Sure! birds: crow swan owl. numbers: 9 10 11 12 13.", 2),
+  (TWO, "Sure! birds: crow swan owl. numbers: 12 11 10 9.", 1),
+  (TWO, "Sure! birds: crow. numbers: 9 10 11 12.", 1),  # One of three is less than half.
+  (TWO, "Sure! birds: crow swan owl.", 1),
+  (TWO, "crow", 1),
+  (TWO, "Sure! fish: cod carp eel. numbers: 1 2 3.", 0),
+  (TWO, "Sure! birds: cod.", 0),
+  (TWO, "I like tea.", 0),
+  (TWO, "", 0),
+  (TWO, "Sure!", 0),
+  (SAY, "Sure! words: owl owl owl.", 5),
+  (SAY, "Sure! words: owl owl owl owl.", 4),
+  (SAY, "Sure! words: owl owl.", 2),
+  (SAY, "Sure! words: owl.", 1),
+  (SAY, "Sure! words: owl owl crow.", 2),
+  (DOWN, "Sure! numbers: 7 6 5 4 3. fish: cod eel.", 5),
+  (DOWN, "Sure! numbers: 3 4 5 6 7. fish: cod eel.", 1),  # Upwards only one number is in its place.
+  (DOWN, "Sure! numbers: 7 6 5 4 3. fish: cod cod.", 2),
+  ("List two fish for me then say cod three times.", "Sure! words: cod cod cod.", 1),
+  ("Sing me a song.", "Sure!", 0),
 ]
 
 
@@ -59,13 +59,20 @@ def test_oracle_by_hand(text: str, response: str, score: int) -> None:
 
 def test_oracle_detail() -> None:
   detail = world.oracle_detail(TWO, "Sure! birds: crow swan owl. 9 10. Have fun!")
-  assert detail == {"score": 2, "well_formed": True, "opening": True, "labels": False, "extra": True,
-                    "complete": False, "content": 0.5}
+  assert detail == {
+    "score": 2,
+    "well_formed": True,
+    "opening": True,
+    "labels": False,
+    "extra": True,
+    "complete": False,
+    "content": 0.5,
+  }
 
 
-@pytest.mark.parametrize("junk", [
-    "\ud800", "İ：.", ":" * 500, "birds: " * 200, "9 " * 300, "\x00\n\n...", "Sure! 😀 owl: :.",
-])
+@pytest.mark.parametrize(
+  "junk", ["\ud800", "İ：.", ":" * 500, "birds: " * 200, "9 " * 300, "\x00\n\n...", "Sure! 😀 owl: :."]
+)
 def test_oracle_takes_any_string(junk: str) -> None:
   assert 0 <= world.oracle(TWO, junk) <= 2
   assert world.oracle(junk, junk) == 0
@@ -73,7 +80,9 @@ def test_oracle_takes_any_string(junk: str) -> None:
   assert world.parse(junk) is None
 
 
-@pytest.mark.parametrize("text,want", [
+@pytest.mark.parametrize(
+  "text,want",
+  [
     ("Give me three birds.", [("list", "birds", 3)]),
     ("  give ME three\n birds. ", [("list", "birds", 3)]),
     ("Now tell me two trees then repeat oak four times.", [("list", "trees", 2), ("say", "words", 4)]),
@@ -92,7 +101,8 @@ def test_oracle_takes_any_string(junk: str) -> None:
     ("Give me two birds then say owl two times then count from 1 to 3.", None),
     ("Give me two birds then.", None),
     ("then", None),
-])
+  ],
+)
 def test_parse(text: str, want: list[tuple[str, str, int]] | None) -> None:
   parts = world.parse(text)
   assert (parts and [(part.task, part.label, part.amount) for part in parts]) == want
@@ -145,10 +155,19 @@ def test_part_flaw_frequencies(flaw: str, share: float) -> None:
   assert abs(np.mean([answer != "Sure! words: owl owl owl." for answer in answers]) - share) < 0.02
 
 
-@pytest.mark.parametrize("flaw,scores", [
-    ("no_opening", {3}), ("no_labels", {3}), ("chatter", {4}), ("repeat", {4}), ("few", {1, 2}), ("wrong", {1, 2}),
+@pytest.mark.parametrize(
+  "flaw,scores",
+  [
+    ("no_opening", {3}),
+    ("no_labels", {3}),
+    ("chatter", {4}),
+    ("repeat", {2, 4}),  # In place of another item, or beside the right ones.
+    ("surplus", {2, 4, 5}),  # A number too many is a wrong one; beyond 0 and 15 there is none.
+    ("few", {1, 2}),
+    ("wrong", {1, 2}),
     ("dropped", {1}),
-])
+  ],
+)
 def test_one_flaw_costs_what_it_should(flaw: str, scores: set[int]) -> None:
   pairs = _many(world.Profile(**{flaw: 1.0}), 300, start=" then ")
   assert {world.oracle(text, answer) for text, answer in pairs} <= scores
@@ -161,56 +180,3 @@ def test_profiles() -> None:
   assert mean["lost"] < mean["worse"] < mean["human"] - 0.5
   with pytest.raises(ValueError, match="flawless"):
     world.answer(world.parse(SAY), np.random.default_rng(0), "perfect")
-
-
-def _score_of_fields(text: str) -> int:
-  """The score that follows from a judgement's own written fields."""
-  done, labels = re.findall(r"done (\w+)", text), re.findall(r"label (\w+)", text)
-  score = 0
-  if set(done) != {"none"}:
-    score = 1
-    if not {"none", "little"} & set(done):
-      score = 2
-      if set(done) == {"full"}:
-        score = 3
-        if set(labels) == {"yes"} and "opening yes." in text:
-          score = 4 + ("extra no." in text)
-  return score
-
-
-def test_judgements_tell_the_truth() -> None:
-  rng = np.random.default_rng(7)
-  for number in range(2000):
-    text = world.instruction(rng)
-    response = world.answer(world.parse(text), rng, ("human", "worse", "flawless", "lost")[number % 4])
-    verdict = world.judgement(text, response)
-    score = int(re.fullmatch(r"[^\n]+\nScore: ([0-5])", verdict)[1])
-    assert score == _score_of_fields(verdict) == world.oracle(text, response)
-    assert f"points {' '.join('12345'[:score]) or 'none'}.\n" in verdict
-    assert world.noisy_judgement(text, response, rng, noise=0.0) == verdict
-
-
-@pytest.mark.parametrize("response,check", [
-    ("Sure! birds: crow swan owl. numbers: 9 10 11 12.",
-     "birds asked 3 got crow 1 swan 2 owl 3 done full label yes. numbers asked 9 to 12 got 9 10 11 12 done full label "
-     "yes. opening yes. extra no. points 1 2 3 4 5.\nScore: 5"),
-    ("crow crow cod. 9 11. Let me know.",
-     "birds asked 3 got crow 1 crow again cod wrong done little label no. numbers asked 9 to 12 got 9 11 skip done half"
-     " label no. opening no. extra yes. points 1.\nScore: 1"),
-    ("No idea.",
-     "birds asked 3 got none done none label no. numbers asked 9 to 12 got none done none label no. opening no. "
-     "extra yes. points none.\nScore: 0"),
-])
-def test_judgement_by_hand(response: str, check: str) -> None:
-  assert world.judgement(TWO, response) == check
-
-
-def test_noisy_judgements_are_imperfect_and_favour_four() -> None:
-  rng, pairs = np.random.default_rng(8), _many("human", 3000)
-  given = [int(world.noisy_judgement(*pair, rng, 0.5)[-1]) for pair in pairs]
-  true = [world.oracle(*pair) for pair in pairs]
-  assert 0.2 < np.mean(np.equal(given, true)) < 0.6
-  assert 0.3 < np.corrcoef(given, true)[0, 1] < 0.85
-  assert collections.Counter(given).most_common(1)[0][0] == 4
-  with pytest.raises(ValueError, match="Sing"):
-    world.judgement("Sing.", "")

@@ -9,21 +9,33 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from srlm_jax import records
-from srlm_jax import templates
-from srlm_jax import world
-from srlm_jax import world_files
+from srlm_jax import records, templates, world, world_files
 
-SMALL = world_files.Sizes(member_lists=100, task_lists=100, exchanges=400, forum_judgements=200, ift_trees=300,
-                          eft_trees=120, heldout_trees=60, judgements=300, judged_instructions=200, heldout_prompts=64)
+SMALL = world_files.Sizes(
+  member_lists=100,
+  task_lists=100,
+  exchanges=400,
+  forum_judgements=200,
+  ift_trees=300,
+  eft_trees=120,
+  heldout_trees=60,
+  judgements=300,
+  judged_instructions=200,
+  heldout_prompts=64,
+)
 
 
 @pytest.fixture(scope="module", name="folder")
 def _folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("world")
   facts = world_files.write_world(folder, 3, SMALL)
-  assert facts["lines"] == {"pretrain.jsonl": 800, "trees.jsonl": 420, "heldout_trees.jsonl": 60,
-                            "judgements.jsonl": 300, "heldout_prompts.jsonl": 64}
+  assert facts["lines"] == {
+    "pretrain.jsonl": 800,
+    "trees.jsonl": 420,
+    "heldout_trees.jsonl": 60,
+    "judgements.jsonl": 300,
+    "heldout_prompts.jsonl": 64,
+  }
   assert 2.2 < facts["ift_mean"] < 3.1 and 0.08 < facts["ift_perfect"] < 0.25
   return folder
 
@@ -49,8 +61,14 @@ def test_files_are_reproducible(folder: pathlib.Path, tmp_path: pathlib.Path) ->
   world_files.write_world(tmp_path / "again", 3, SMALL)
   world_files.write_world(tmp_path / "other", 4, SMALL)
   first, again, other = contents(folder), contents(tmp_path / "again"), contents(tmp_path / "other")
-  assert sorted(first) == ["heldout_prompts.jsonl", "heldout_trees.jsonl", "judgements.jsonl", "pretrain.jsonl",
-                           "tokenizer.model", "trees.jsonl"]
+  assert sorted(first) == [
+    "heldout_prompts.jsonl",
+    "heldout_trees.jsonl",
+    "judgements.jsonl",
+    "pretrain.jsonl",
+    "tokenizer.model",
+    "trees.jsonl",
+  ]
   assert first == again
   assert all(first[name] != other[name] for name in first if name.endswith(".jsonl"))
 
@@ -60,12 +78,14 @@ def test_tokenizer(folder: pathlib.Path) -> None:
   assert (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()) == (0, 1, 2)
   assert 150 < pieces.vocab_size() < 350
   words = set(world.THINGS) | set(world.KINDS) | set(world.AMOUNTS) | {str(number) for number in range(16)}
-  words |= set("Sure Give Name List Count Say numbers words asked got done full half little none label opening extra "
-               "points yes no again wrong skip then down from to times different me for".split())
+  words |= set(
+    "Sure Give Name List Count Say numbers words asked got done full half little none label opening extra "
+    "points yes no again wrong skip then down from to times different me for".split()
+  )
   assert [word for word in sorted(words) if len(pieces.encode(f"owl {word}")) != 2] == []
   for symbol in world_files.SYMBOLS:
     assert pieces.encode(f"owl{symbol}owl", out_type=str)[1] == symbol
-  assert pieces.encode("a.\nScore: 5", out_type=str)[2:] == ["\n", "Score", ":", "▁5"]
+  assert pieces.encode("a.\nScore: 5", out_type=str)[-4:] == ["\n", "Score", ":", "▁5"]
   for text in _texts(folder) + ["two  spaces", " a space before", "Ein Satz: ~{a|b}!\n\n"]:
     ids = pieces.encode(text)
     assert 0 not in ids and pieces.decode(ids) == text

@@ -81,7 +81,7 @@ class _Engine:
       prompt = self.speaker.tokenizer.decode(request.tokens)
       self.speaker.asked.append(prompt)
       texts = [self.speaker.script(prompt, sample) for sample in range(request.samples)]
-      cut = tuple(encode("It never ends. Score: 5"))
+      cut = tuple(encode("[[A]] at first sight.\nScore: 5"))
       whole = [None if text is None else (*encode(text), eos) for text in texts]
       yield request, [generator.Completion(cut if ids is None else ids, ids is not None) for ids in whole]
 

@@ -55,7 +55,9 @@ def _documents(path: epath.Path, words: tokenizer.Tokenizer, kind: str) -> list[
   return examples
 
 
-def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, where: dict[str, epath.Path]) -> None:
+def run(
+  out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, where: dict[str, epath.Path]
+) -> None:
   """Makes M0. `where` has the resolved paths "tokenizer", "base" and "pretrain"."""
   kind = settings.base.kind
   if kind == "hf":

@@ -39,7 +39,9 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     seed=settings.seed,
     save_every=section.save_every,
   )
-  modelstore.save(out, model, words, {"pairs": count, "steps": steps, "reference": pairs.manifest()["facts"]["reference"]})
+  modelstore.save(
+    out, model, words, {"pairs": count, "steps": steps, "reference": pairs.manifest()["facts"]["reference"]}
+  )
 
 
 def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
@@ -54,6 +56,7 @@ def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict,
   best = pairing.perfect(groups, rollout.judging(settings.judge).rubric.high)
   logger.info("%s: %d answers with the full score are added to %d examples", out.folder, len(best), len(examples))
   examples += [
-    records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text) for one in best
+    records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text)
+    for one in best
   ]
   finetune.finetune(out, out.inputs["parent"], examples, settings, mesh)

@@ -1,5 +1,6 @@
-"""eft: evaluation fine-tuning data; the SFT baseline judges, people's ranks decide what is kept (paper §2.2, §3.1.1)."""
+"""eft: evaluation fine-tuning data; the SFT baseline judges, people's ranks decide what is kept (paper §2.2, 3.1.1)."""
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import logging
@@ -37,6 +38,35 @@ def run(
   out.commit({"counts": counts, "examples": len(examples), "writer": section.writer})
 
 
+def _rank(one: records.RankedReplies, place: int) -> int:
+  """A reply's rank; ValueError where it has none, which must show before anything is judged."""
+  reply = one.replies[place]
+  if reply.rank is None:
+    raise ValueError(
+      f"ranked_train.jsonl: reply {reply.id} of prompt {one.prompt_id} has no rank, but people's ranks decide what EFT "
+      "keeps. Run the seed stage again."
+    )
+  return reply.rank
+
+
+def _attempts(
+  one: records.RankedReplies, place: int, rank: int, judgement: records.Judgement
+) -> Iterator[eft.Judged]:
+  """The votes on a reply, each of which is one attempt at judging it."""
+  reply = one.replies[place]
+  for attempt, vote in enumerate(judgement.votes):
+    yield eft.Judged(
+      prompt_id=one.prompt_id,
+      prompt=one.prompt,
+      reply_id=reply.id,
+      reply=reply.text,
+      rank=rank,
+      judgement_text=vote.text.strip(),
+      score=vote.score,
+      sample=attempt,
+    )
+
+
 def _from_baseline(
   out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[list[records.SFTExample], dict[str, int]]:
@@ -44,32 +74,22 @@ def _from_baseline(
   section = settings.eft
   judging = dataclasses.replace(rollout.judging(settings.judge), votes=section.attempts, min_votes=1, method="sampled")
   ranked = out.inputs["seed"].read("ranked_train.jsonl", records.RankedReplies)
-  replies = [(one, place) for one in ranked for place in range(len(one.replies))]
+  replies = [(one, place, _rank(one, place)) for one in ranked for place in range(len(one.replies))]
   speaker = functools.cache(lambda: modelstore.speaker(out.inputs["baseline"], settings, mesh))
 
-  def judge(part: list[tuple[records.RankedReplies, int]]) -> list[records.Judgement]:
-    candidates = [rollout.Candidate(one.prompt_id, place, one.prompt, one.replies[place].text) for one, place in part]
+  def judge(part: Sequence[tuple[records.RankedReplies, int, int]]) -> Sequence[records.Judgement]:
+    candidates = [
+      rollout.Candidate(one.prompt_id, place, one.prompt, one.replies[place].text) for one, place, _ in part
+    ]
     return rollout.judge(speaker(), candidates, judging)
 
   artifacts.map_shards(out, "judgements", replies, settings.generation.shard, judge)
-  judged, unreadable = [], 0
-  for (one, place), judgement in zip(replies, out.read_shards("judgements", records.Judgement), strict=True):
-    reply = one.replies[place]
-    for attempt, vote in enumerate(judgement.votes):
-      unreadable += vote.score is None
-      judged.append(
-        eft.Judged(
-          prompt_id=one.prompt_id,
-          prompt=one.prompt,
-          reply_id=reply.id,
-          reply=reply.text,
-          rank=reply.rank,
-          judgement_text=vote.text.strip(),
-          score=vote.score,
-          sample=attempt,
-        )
-      )
+  judgements = out.read_shards("judgements", records.Judgement)
+  judged = [one for item, judgement in zip(replies, judgements, strict=True) for one in _attempts(*item, judgement)]
+  unreadable = sum(one.score is None for one in judged)
   accepted, accept_counts = eft.accept(judged, by=section.by)
   kept, thin_counts = eft.thin(accepted, section.max_share, settings.seed)
   counts = {"judgements written": len(judged), "judgements unreadable": unreadable, **accept_counts}
-  return eft.to_examples(kept, judging.rubric.fill), counts | {f"thinning, {name}": n for name, n in thin_counts.items()}
+  return eft.to_examples(kept, judging.rubric.fill), counts | {
+    f"thinning, {name}": n for name, n in thin_counts.items()
+  }

@@ -24,10 +24,7 @@ def _duels(
     if role.startswith("against "):
       theirs = list(other.read_shards("answers", records.Response))
       outcomes, unreadable = grader(grading.align(answers, theirs))
-      duels[role.removeprefix("against ")] = {
-        **dataclasses.asdict(metrics.duel(outcomes)),
-        "unreadable": unreadable,
-      }
+      duels[role.removeprefix("against ")] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable}
   return duels
 
 
@@ -127,7 +124,10 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
 
 
 def _headline(facts: dict[str, Any]) -> str:
-  parts = [f"judge pairwise {facts['judge']['metrics']['pairwise']['value']}", f"characters {facts['characters']['mean']}"]
+  parts = [
+    f"judge pairwise {facts['judge']['metrics']['pairwise']['value']}",
+    f"characters {facts['characters']['mean']}",
+  ]
   if "oracle" in facts:
     parts.insert(0, f"oracle {facts['oracle']['score']['value']:.3f}")
   for name, duel in facts.get("duels", {}).items():

@@ -52,8 +52,9 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   logger.info("%s: %s", out.folder, dict(counts))
   if len(pairs) < max(settings.pairs.min_pairs, 1):
     raise ValueError(
-      f"{out.folder}: {len(pairs)} preference pairs, pairs.min_pairs={settings.pairs.min_pairs} are needed: {dict(counts)}. "
-      "A judge that gives everything one score, or whose verdicts are unreadable, leaves no pairs: see its judgements."
+      f"{out.folder}: {len(pairs)} preference pairs, pairs.min_pairs={settings.pairs.min_pairs} are needed: "
+      f"{dict(counts)}. A judge that gives everything one score, or whose verdicts are unreadable, leaves no pairs: "
+      "see its judgements."
     )
   out.write_records("pairs.jsonl", pairs)
   length = pairset.row_length(pairs, settings.model.max_length)

@@ -14,15 +14,15 @@ from srlm_jax import artifacts, filters, generator, modelstore, records, rollout
 logger = logging.getLogger(__name__)
 
 
-def _demonstrations(
-  settings: config_dict.ConfigDict, seeds: list[str], generated: list[str], name: str
-) -> list[str]:
+def _demonstrations(settings: config_dict.ConfigDict, seeds: list[str], generated: list[str], name: str) -> list[str]:
   """Six seed prompts and two generated ones, shuffled; seeds fill in while there are too few. Always eight."""
   section, rng = settings.prompts, random.Random(f"{settings.seed} {name}")
   old = rng.sample(generated, min(section.generated_demonstrations, len(generated)))
   wanted = section.seed_demonstrations + section.generated_demonstrations - len(old)
   if wanted > len(seeds):
-    raise ValueError(f"{wanted} demonstrations are wanted of {len(seeds)} seed prompts: lower prompts.seed_demonstrations.")
+    raise ValueError(
+      f"{wanted} demonstrations are wanted of {len(seeds)} seed prompts: lower prompts.seed_demonstrations."
+    )
   chosen = old + rng.sample(seeds, wanted)
   rng.shuffle(chosen)
   return chosen
@@ -36,7 +36,9 @@ def _propose(
   requests, counts = [], Counter[str]()
   for name, demonstrations in shots.items():
     text = templates.few_shot(demonstrations)
-    tokens = speaker.chat(text) if settings.prompts.chat else (speaker.tokenizer.bos_id, *speaker.tokenizer.encode(text))
+    tokens = (
+      speaker.chat(text) if settings.prompts.chat else (speaker.tokenizer.bos_id, *speaker.tokenizer.encode(text))
+    )
     if len(tokens) > engine.max_prompt:
       counts["few-shot prompt too long"] += 1
     else:
@@ -56,6 +58,7 @@ def _propose(
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Writes prompts-round shards until `count` new prompts are there. Inputs: "writer", "seed", "earlier …"."""
   section = settings.prompts
+  aift = out.folder.parent.name  # Names the draws too, so that iterations do not repeat each other's.
   seed = out.inputs["seed"]
   seeds = [example.prompt for example in seed.read("ift.jsonl", records.SFTExample)]
   heldout = [prompt.text for prompt in seed.read("eval_prompts.jsonl", records.Prompt)]
@@ -84,7 +87,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     else:
       pool = [*earlier, *kept]
       shots = {
-        f"{out.name} prompt {number}": _demonstrations(settings, seeds, pool, f"{out.name} {number}")
+        f"{aift} prompt {number}": _demonstrations(settings, seeds, pool, f"{aift} {number}")
         for number in range(index * section.per_round, min((index + 1) * section.per_round, section.max_proposals))
       }
       tasks, counts = _propose(speaker(), settings, shots)
@@ -94,18 +97,22 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
       counts.update({f"dropped: {reason}": number for reason, number in dropped.items()})
       counts["dropped: more than prompts.count"] += surplus
       items = [
-        records.Prompt(id=f"{out.folder.parent.name}-{len(kept) + place:06d}", text=text, source=section.writer)
+        records.Prompt(id=f"{aift}-{len(kept) + place:06d}", text=text, source=section.writer)
         for place, text in enumerate(fresh)
       ]
       out.write(f"counts-{index:05d}.json", json.dumps(counts))
       out.write_records(name, items)
     kept += fresh
     totals.update(counts)
-    logger.info("%s: %d of %d prompts after %d completions", out.folder, len(kept), section.count, totals["completions"])
+    logger.info(
+      "%s: %d of %d prompts after %d completions", out.folder, len(kept), section.count, totals["completions"]
+    )
   for reason, number in sorted(totals.items()):
     logger.info("%s: %s: %d", out.folder, reason, number)
   if not kept:
-    raise ValueError(f"{out.folder}: no new prompt passed the filters, see the counts above; change prompts.* or the writer.")
+    raise ValueError(
+      f"{out.folder}: no new prompt passed the filters, see the counts above; change prompts.* or the writer."
+    )
   if len(kept) < section.count:
     logger.warning("%s: only %d of %d prompts: prompts.max_proposals is used up", out.folder, len(kept), section.count)
   out.commit({"counts": dict(totals), "prompts": len(kept)})

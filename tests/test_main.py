@@ -1,0 +1,177 @@
+"""The command line: what it refuses, what it shows, and that a run stops where it breaks and goes on from there."""
+
+from collections.abc import Iterator, Sequence
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import app, flags, logging as absl_logging
+from absl.testing import flagsaver
+from etils import epath
+import pytest
+
+from srlm_jax import artifacts, config, main, steps
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = f"{ROOT / 'configs' / 'tiny.py'}:smoke"
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+  """Flags and logging as they were: main sets up both for a whole program."""
+  ours, verbosity = logging.getLogger("srlm_jax"), absl_logging.get_verbosity()
+  kept = ours.handlers, ours.propagate, ours.level
+  flags.FLAGS.mark_as_parsed()
+  with flagsaver.flagsaver():
+    yield
+  ours.handlers, ours.propagate = kept[:2]
+  ours.setLevel(kept[2])
+  absl_logging.set_verbosity(verbosity)
+
+
+def srlm(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    [sys.executable, "-m", "srlm_jax.main", *arguments],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_stages_are_shown() -> None:
+  found = srlm("stages", f"--config={SMOKE}", "--config.models=2")
+  assert found.returncode == 0, found.stderr
+  rows = [re.split(r"\s{2,}", line.strip()) for line in found.stdout.splitlines()]
+  assert [row[0] for row in rows] == [
+    "world", "m0", "seed", "baseline", "eval/baseline", "eft", "m1", "eval/m1", "aift1/prompts", "aift1/responses",
+    "aift1/judgements", "aift1/pairs", "m2", "eval/m2", "report",
+  ]  # fmt: skip
+  assert rows[0][1:] == ["world", "from nothing"] and rows[6][1:] == ["sft", "from m0, seed, eft"]
+  assert rows[12][1:] == ["dpo", "from m1, aift1/pairs"]
+
+
+def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
+  found = srlm("jugde", f"--config={SMOKE}", "--workdir=nowhere")
+  assert found.returncode != 0 and not (ROOT / "nowhere").exists()
+  output = found.stdout + found.stderr
+  assert "'jugde' is not a stage. Did you mean 'judge'?" in output and "Traceback" not in output
+  assert "usage: srlm STAGE --config=FILE" in output
+
+
+@pytest.mark.parametrize(
+  ("argv", "values", "message"),
+  [
+    ([], {}, "exactly one stage is wanted, got none"),
+    (["judge", "pairs"], {}, "exactly one stage is wanted, got judge pairs"),
+    (["judge"], {}, "--config is missing: a file such as configs/tiny.py"),
+    (["judge"], {"config": SMOKE}, "--workdir is missing"),
+    (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),
+  ],
+)
+def test_what_is_missing_is_said(argv: list[str], values: dict[str, str], message: str) -> None:
+  with flagsaver.as_parsed(**values), pytest.raises(app.UsageError, match=re.escape(message)):
+    main.main(["srlm", *argv])
+
+
+def test_an_error_in_the_configuration_is_one_sentence(tmp_path: pathlib.Path) -> None:
+  for stage in ("all", "stages"):
+    with flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path), compilation_cache=""):
+      flags.FLAGS["config"].value.prompts.writer = "nobody"
+      with pytest.raises(SystemExit, match=f"srlm {stage}: 'nobody' is not a prompts.writer"):
+        main.main(["srlm", stage])
+
+
+def test_a_stage_that_the_configuration_lacks_is_an_error(tmp_path: pathlib.Path) -> None:
+  with flagsaver.as_parsed(config=str(ROOT / "configs" / "m1.py"), workdir=str(tmp_path), compilation_cache=""):
+    with pytest.raises(SystemExit, match="srlm dpo: this configuration has no such step"):
+      main.main(["srlm", "dpo"])
+
+
+def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
+  text = main.usage()
+  assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES))
+  both = [config.base(), config.base()]
+  both[1].world.enabled = True
+  planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
+  assert set(planned) == set(steps.STAGES)
+
+
+class Run:
+  """Three steps in a row, each writing its name; `fail` breaks one of them, `ran` says which were run."""
+
+  def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    self.ran: list[str] = []
+    self.fail = ""
+    self.votes = 3
+    monkeypatch.setattr(steps, "plan", lambda *_: self.plan())
+
+  def plan(self) -> Sequence[steps.Step]:
+    def run(out: artifacts.Artifact) -> None:
+      self.ran.append(out.name)
+      if out.name == self.fail:
+        raise RuntimeError("out of memory")
+      if out.name != "report":
+        out.write("x.txt", out.name)
+        out.commit({})
+
+    return [
+      steps.Step("a", "seed", {"votes": 3}, {}, run),
+      steps.Step("b", "judge", {"votes": self.votes}, {"seed": "a"}, run),
+      steps.Step("c", "pairs", {"votes": 3}, {"judgements": "b"}, run),
+      steps.Step("report", "report", {}, {"a": "a", "b": "b", "c": "c"}, run),
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+  return Run(monkeypatch)
+
+
+def test_a_run_stops_where_it_breaks_and_goes_on_from_there(run: Run, tmp_path: pathlib.Path) -> None:
+  place = epath.Path(tmp_path)
+  run.fail = "b"
+  with pytest.raises(RuntimeError, match="out of memory"):
+    main.run_steps(config.base(), place, "all")
+  assert run.ran == ["a", "b"] and not (place / "c").exists()
+  run.fail = ""
+  main.run_steps(config.base(), place, "all")
+  assert run.ran == ["a", "b", "b", "c", "report"]
+  main.run_steps(config.base(), place, "all")
+  assert run.ran[5:] == ["report"]  # Made anew at every call; the others are done.
+
+
+def test_one_stage_alone(run: Run, tmp_path: pathlib.Path) -> None:
+  place = epath.Path(tmp_path)
+  with pytest.raises(ValueError, match=r"/a is not finished .*run its stage first"):
+    main.run_steps(config.base(), place, "judge")
+  main.run_steps(config.base(), place, "seed")
+  main.run_steps(config.base(), place, "judge")
+  assert run.ran == ["a", "b"]
+
+
+def test_configurations_are_checked_before_any_work(run: Run, tmp_path: pathlib.Path) -> None:
+  place = epath.Path(tmp_path)
+  main.run_steps(config.base(), place, "all")
+  (place / "a" / "manifest.json").unlink()  # The first step is to do again.
+  run.votes, run.ran = 5, []
+  with pytest.raises(ValueError, match="(?s)/b was made with another configuration.*votes: 3 there, 5 here"):
+    main.run_steps(config.base(), place, "all")
+  assert not run.ran
+
+
+def test_states_are_shown(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+  place = epath.Path(tmp_path)
+  run.fail = "b"
+  with pytest.raises(RuntimeError):
+    main.run_steps(config.base(), place, "all")
+  capsys.readouterr()
+  main.show_steps(config.base(), place)
+  assert [line.split("from")[0].split(maxsplit=2)[2].strip() for line in capsys.readouterr().out.splitlines()] == [
+    "done", "begun", "to do", "to do",
+  ]  # fmt: skip

@@ -1,0 +1,108 @@
+"""Models as artifacts: what is saved comes back, and a tokenizer that is not the model's is refused."""
+
+import json
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+import tiny_model
+
+from srlm_jax import artifacts, checkpoint, config, modelstore, tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path: epath.Path) -> artifacts.Artifact:
+  out = artifacts.Artifact(epath.Path(tmp_path) / "m1", {"seed": 0}, {})
+  out.begin()
+  (out.folder / "states" / "4").mkdir(parents=True)
+  (out.folder / "states" / "4" / "big").write_text("x")
+  modelstore.save(out, tiny_model.model(), tiny_model.words(), {"steps": 7})
+  return out
+
+
+def test_a_saved_model_comes_back(saved: artifacts.Artifact) -> None:
+  c = config.base()
+  c.generation.rows, c.model.max_length = 12, 100
+  speaker = modelstore.speaker(saved, c, tiny_model.one_device())
+  for found, wanted in zip(jax.tree.leaves(speaker.model), jax.tree.leaves(tiny_model.model()), strict=True):
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+  assert speaker.tokenizer.digest == tiny_model.words().digest
+  assert (speaker.chat_kind, speaker.rows, speaker.seed, speaker.max_length) == ("llama2", 12, 0, 100)
+  assert speaker.tokenizer.golden() == tiny_model.words().golden()
+
+
+def test_dropout_and_remat_are_for_training_alone(saved: artifacts.Artifact) -> None:
+  c, mesh = config.base(), tiny_model.one_device()
+  use, train = modelstore.load(saved, c, mesh).config, modelstore.load(saved, c, mesh, train=True).config
+  assert (use.dropout, use.remat, use.dtype) == (0.0, "none", "bfloat16")
+  assert (train.dropout, train.remat, train.dtype) == (0.1, "full", "bfloat16")
+
+
+def test_the_manifest_covers_weights_and_tokenizer(saved: artifacts.Artifact) -> None:
+  manifest = saved.manifest()
+  assert manifest["facts"] == {
+    "steps": 7,
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(tiny_model.model())),
+    "tokenizer": tiny_model.words().digest,
+  }
+  names = set(manifest["files"])
+  assert {"tokenizer/tokenizer.model", "golden.json", "llama.json"} < names
+  assert any(name.startswith("weights/") for name in names)
+
+
+def test_the_states_go_when_the_model_is_committed_and_not_before(
+  tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  out = artifacts.Artifact(epath.Path(tmp_path) / "m1", {}, {})
+  out.begin()
+  (out.folder / "states").mkdir()
+
+  def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(artifacts.Artifact, "commit", stop)
+    modelstore.save(out, tiny_model.model(), tiny_model.words(), {})
+  assert (out.folder / "states").exists()
+  modelstore.save(out, tiny_model.model(), tiny_model.words(), {})  # Over what the stopped one left.
+  assert out.done and not (out.folder / "states").exists()
+
+
+def test_an_unfinished_model_is_not_loaded(tmp_path: epath.Path) -> None:
+  out = artifacts.Artifact(epath.Path(tmp_path) / "m1", {}, {})
+  out.begin()
+  checkpoint.save_model(out.folder, tiny_model.model())
+  with pytest.raises(ValueError, match="is not finished"):
+    modelstore.load(out, config.base(), tiny_model.one_device())
+
+
+def test_a_changed_tokenizer_is_refused(saved: artifacts.Artifact) -> None:
+  tiny_model.words(328).save(saved.folder / "tokenizer")
+  with pytest.raises(ValueError, match="the tokenizer's vocab_size is 328, it was 320: bring its own files back"):
+    modelstore.load_tokenizer(saved)
+  (saved.folder / "tokenizer" / "tokenizer.model").write_bytes(b"nothing")
+  with pytest.raises(ValueError, match="/tokenizer is no SentencePiece model, or a broken one"):
+    modelstore.load_tokenizer(saved)
+
+
+def test_a_change_that_no_encoding_shows_is_refused_too(saved: artifacts.Artifact) -> None:
+  path = saved.folder / "tokenizer" / "tokenizer.model"
+  path.write_bytes(path.read_bytes() + b"\xfa\x07\x01x")  # A protobuf field that SentencePiece does not know.
+  assert tokenizer.load(path).golden() == tiny_model.words().golden()
+  with pytest.raises(ValueError, match="changed since the model was made: bring its files back"):
+    modelstore.load_tokenizer(saved)
+
+
+def test_damaged_golden_encodings_are_refused(saved: artifacts.Artifact) -> None:
+  path = saved.folder / "golden.json"
+  golden = json.loads(path.read_text())
+  path.write_text(json.dumps({**golden, "eos_id": 5}))
+  with pytest.raises(ValueError, match="golden.json is damaged"):
+    modelstore.load_tokenizer(saved)
+
+
+def test_token_ids_of_another_tokenizer_are_refused(saved: artifacts.Artifact) -> None:
+  modelstore.same_tokenizer(saved, tiny_model.words())
+  with pytest.raises(ValueError, match=r"/m1 holds token ids of the tokenizer .*they must be the same"):
+    modelstore.same_tokenizer(saved, tiny_model.words(328))

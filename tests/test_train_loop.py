@@ -1,0 +1,166 @@
+"""The training loop: a stopped run goes on as if it had not stopped, and a broken one stops."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import json
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from srlm_jax import batching, checkpoint, llama, mesh as mesh_lib, train_loop, train_step
+
+CONFIG = dataclasses.replace(tiny_model.CONFIG, dropout=0.1)
+OPTIMIZER = train_step.OptimizerConfig(lr=1e-2, end_lr=1e-3, steps=7, warmup=2)
+
+
+def batch(step: int) -> dict[str, np.ndarray]:
+  """Eight short examples that depend on the step."""
+  rng = np.random.default_rng(step)
+  examples = [batching.Example(tuple(rng.integers(3, 320, 9).tolist()), 3) for _ in range(8)]
+  rows = batching.pack(examples, 12, packed=False)
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Stopping:
+  """Batches that end the run when one step is asked for, as a preemption would."""
+
+  def __init__(self, at: int | None = None) -> None:
+    self.at, self.asked = at, []
+
+  def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+    if step == self.at:
+      raise KeyboardInterrupt
+    self.asked.append(step)
+    return batch(step)
+
+
+def train(folder: epath.Path, batches: Stopping, **changes: object) -> llama.Llama:
+  mesh = changes.pop("mesh", None) or tiny_model.one_device()
+  settings = {
+    "model": checkpoint.init_model(CONFIG, mesh, seed=1),
+    "loss_fn": functools.partial(train_step.sft_loss, chunk=0),
+    "optimizer": OPTIMIZER,
+    "save_every": 2,
+    "seed": 3,
+  }
+  return train_loop.train(**{**settings, **changes}, batches=batches, mesh=mesh, folder=folder)
+
+
+def saved(folder: epath.Path) -> list[int]:
+  return sorted(int(path.name) for path in (folder / "states").iterdir() if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[llama.Llama, str]:
+  """The weights and metrics of a run that nothing stopped."""
+  folder = epath.Path(tmp_path_factory.mktemp("whole"))
+  model = train(folder, Stopping())
+  return model, (folder / "metrics.jsonl").read_text()
+
+
+def test_metrics_are_one_line_a_step(whole: tuple[llama.Llama, str]) -> None:
+  lines = [json.loads(line) for line in whole[1].splitlines()]
+  assert [line["step"] for line in lines] == list(range(1, 8))
+  rates = train_step.schedule(OPTIMIZER)
+  for line in lines:
+    assert line["lr"] == float(rates(line["step"] - 1)) and line["target_tokens"] == 8 * 6
+    assert np.isfinite([line["loss"], line["grad_norm"]]).all()
+
+
+def test_a_stopped_run_ends_as_one_that_nothing_stopped(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
+  folder = epath.Path(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, Stopping(at=1))  # Nothing is saved yet: from the start again.
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, Stopping(at=4))  # Just after step 4 was saved.
+  again = Stopping(at=5)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, again)
+  assert again.asked == [4]  # What is saved is not done again.
+  last = Stopping()
+  model = train(folder, last)
+  assert last.asked == [4, 5, 6] and saved(folder) == [4, 6]
+  assert (folder / "metrics.jsonl").read_text() == whole[1]
+  for (name, found), wanted in zip(checkpoint.named_leaves(model).items(), jax.tree.leaves(whole[0]), strict=True):
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=name)
+
+
+def test_a_run_goes_on_behind_half_a_line_of_metrics(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
+  folder = epath.Path(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, Stopping(at=5))
+  with (folder / "metrics.jsonl").open("a") as log:
+    log.write('{"step": 5, "lr": 0.0')  # A kill cuts the file anywhere behind the last saved step.
+  train(folder, Stopping())
+  assert (folder / "metrics.jsonl").read_text() == whole[1]
+
+
+def test_the_metrics_of_saved_steps_are_on_the_disk(tmp_path: epath.Path) -> None:
+  folder = epath.Path(tmp_path)
+
+  class Reader(Stopping):
+    """Reads the file as it would lie on the disk after a kill."""
+
+    def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+      if step in (2, 4, 6):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
+      return super().__getitem__(step)
+
+  train(folder, Reader())
+
+
+def poisoned(model: llama.Llama, values: dict, key: jax.Array | None) -> tuple[jax.Array, dict]:
+  """The usual loss, and not a number in a batch whose first token is 0."""
+  loss, metrics = train_step.sft_loss(model, values, key, 0)
+  loss = jnp.where(values["tokens"][0, 0] == 0, jnp.nan, loss)
+  return loss, {**metrics, "loss": loss}
+
+
+class Poisoned(Stopping):
+  """Batches of which one is bad."""
+
+  def __init__(self, bad: int) -> None:
+    super().__init__()
+    self.bad = bad
+
+  def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+    values = super().__getitem__(step)
+    if step == self.bad:
+      values["tokens"][0, 0] = 0
+    return values
+
+
+@pytest.mark.parametrize("bad", [3, 6])  # Of the step before a save, and of the last one.
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path: epath.Path, bad: int) -> None:
+  folder = epath.Path(tmp_path)
+  batches = Poisoned(bad)
+  with pytest.raises(FloatingPointError, match=f"the loss of step {bad + 1} is nan: lower the learning rate"):
+    train(folder, batches, loss_fn=poisoned)
+  assert len(batches.asked) <= bad + 2
+  assert max(saved(folder)) <= bad
+  steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert steps == list(range(1, bad + 1))
+
+
+def test_the_model_is_not_copied(tmp_path: epath.Path) -> None:
+  mesh = tiny_model.one_device()
+  start = checkpoint.init_model(CONFIG, mesh, seed=1)
+  train(epath.Path(tmp_path), Stopping(), model=start)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
+
+
+def test_a_divided_run_is_as_one_on_a_single_device(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
+  mesh = mesh_lib.make_mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    model = train(epath.Path(tmp_path), Stopping(), mesh=mesh)
+  assert {shard.data.shape for shard in model.layers.gate[...].addressable_shards} == {(2, 2, 32)}
+  for name, found, wanted in zip(
+    checkpoint.named_leaves(model), jax.tree.leaves(model), jax.tree.leaves(whole[0]), strict=True
+  ):
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=2e-4, err_msg=name)
