@@ -78,7 +78,7 @@ def base() -> config_dict.ConfigDict:
   )
   c.responses = dict(n=4, sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024))
   c.judge = dict(
-    rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; the compared one: "judge_five_bucket".
+    rubric="judge_additive",  # A file of srlm_jax/rubrics without .txt, or a path; the compared: judge_five_bucket.
     method="sampled",  # "expected": no text, the score weighted by the probabilities of its digits; one vote.
     votes=3,
     min_votes=1,  # unstated: readable votes that a score needs.

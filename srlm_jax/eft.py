@@ -103,7 +103,7 @@ def _attempts(group: Sequence[Judged], replies: int) -> list[Attempt]:
 
 
 def _pairs(one: Judged, siblings: Iterable[Judged]) -> Counter[str]:
-  """How often one judgement is right, tied and wrong against its siblings; equal ranks say nothing, nor do absent scores."""
+  """How often a judgement is right, tied and wrong against its siblings; equal ranks and absent scores say nothing."""
   pairs: Counter[str] = Counter()
   for other in siblings:
     if one.rank == other.rank or one.score is None or other.score is None:

@@ -17,7 +17,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, mesh as mesh_lib, steps
+from srlm_jax import artifacts, convert, mesh as mesh_lib, modelstore, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -27,6 +27,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
 )
+_MODEL = flags.DEFINE_string("model", None, "For export: which model of the work directory (m0, baseline, m1, m2, …).")
+_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write.")
 _CACHE = flags.DEFINE_string(
   "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
 )
@@ -37,6 +39,7 @@ def usage() -> str:
   rows = {
     "all": "every stage below, in order; what is done is skipped",
     "stages": "print the steps of this configuration and how far they are; do nothing",
+    "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
     **steps.STAGES,
   }
   width = max(map(len, rows))
@@ -94,6 +97,17 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
     print(f"{step.folder:<20} {step.stage:<10} {how_far:<6} from {sources or 'nothing'}")
 
 
+def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
+  """Writes a model of the work directory, and its tokenizer, as a Hugging Face folder."""
+  mesh = mesh_lib.make_mesh(**settings.mesh)
+  made = steps.artifacts_of(steps.plan(settings, workdir, mesh), workdir)
+  models = [key for key, artifact in made.items() if (artifact.folder / "llama.json").exists()]
+  if name not in models:
+    raise artifacts.unknown(name, models, "finished model of this work directory")
+  convert.export_hf(modelstore.load(made[name], settings, mesh), folder, made[name].folder / "tokenizer")
+  logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
+
+
 def _log_to_stderr() -> None:
   """Our own messages, and of the libraries (Orbax, TFDS) warnings alone."""
   absl_logging.set_verbosity(absl_logging.WARNING)
@@ -110,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
-  valid = ["all", "stages", *steps.STAGES]
+  valid = ["all", "stages", "export", *steps.STAGES]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
@@ -125,8 +139,12 @@ def main(argv: Sequence[str]) -> None:
   try:
     if workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
-      return
-    run_steps(_CONFIG.value, workdir, stage)
+    elif stage == "export":
+      if not (_MODEL.value and _OUT.value):
+        raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+      export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
+    else:
+      run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError) as error:
     logger.debug("the error in full", exc_info=True)
     sys.exit(f"srlm {stage}: {error}")

@@ -148,6 +148,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path: epath
   assert steps == list(range(1, bad + 1))
 
 
+def test_each_step_drops_something_else_out(tmp_path: epath.Path) -> None:
+  class Same(Stopping):
+    """One batch for ever."""
+
+    def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+      return batch(0)
+
+  still = dataclasses.replace(OPTIMIZER, lr=1e-12, end_lr=1e-12)
+  train(epath.Path(tmp_path), Same(), optimizer=still)
+  lines = (epath.Path(tmp_path) / "metrics.jsonl").read_text().splitlines()
+  assert len({json.loads(line)["loss"] for line in lines}) == 7
+
+
 def test_the_model_is_not_copied(tmp_path: epath.Path) -> None:
   mesh = tiny_model.one_device()
   start = checkpoint.init_model(CONFIG, mesh, seed=1)

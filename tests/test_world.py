@@ -1,8 +1,5 @@
 """The tiny world: its truth against hand-scored answers, its people against their probabilities."""
 
-import collections
-import re
-
 import numpy as np
 import pytest
 

@@ -49,9 +49,7 @@ def _rank(one: records.RankedReplies, place: int) -> int:
   return reply.rank
 
 
-def _attempts(
-  one: records.RankedReplies, place: int, rank: int, judgement: records.Judgement
-) -> Iterator[eft.Judged]:
+def _attempts(one: records.RankedReplies, place: int, rank: int, judgement: records.Judgement) -> Iterator[eft.Judged]:
   """The votes on a reply, each of which is one attempt at judging it."""
   reply = one.replies[place]
   for attempt, vote in enumerate(judgement.votes):
