@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from srlm_jax import llama, mesh as mesh_lib
@@ -16,6 +17,27 @@ Tree = TypeVar("Tree")
 def named_leaves(tree: Any) -> dict[str, Any]:
   """{path: leaf} of any pytree: what a checkpoint stores, independent of the tree's classes."""
   return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@jax.jit
+def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  def one(leaf: jax.Array) -> jax.Array:
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+    places = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+      places = places * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)
+
+  return {name: one(leaf) for name, leaf in leaves.items()}
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+  """A number for the bits of each leaf, the same on every mesh and computed where the leaf lies.
+
+  The sum of all elements' bits, each times an odd number of its place, modulo 2^32: one flipped bit always changes it.
+  """
+  return {name: int(value) for name, value in jax.device_get(_fingerprints(named_leaves(tree))).items()}
 
 
 def with_shardings(abstract: Tree, mesh: jax.sharding.Mesh) -> Tree:

@@ -70,8 +70,8 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
   chosen = [step for step in planned if stage in ("all", step.stage)]
   if not chosen:
     raise ValueError("this configuration has no such step: see `srlm stages`.")
-  for step in chosen:
-    made[step.folder].check_config()
+  for artifact in made.values():
+    artifact.check_config()
   for number, step in enumerate(chosen, 1):
     out = made[step.folder]
     if step.stage != "report":
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
     else:
       run_steps(_CONFIG.value, workdir, stage)
-  except (ValueError, FileNotFoundError) as error:
+  except (ValueError, FileNotFoundError, FloatingPointError) as error:
     logger.debug("the error in full", exc_info=True)
     sys.exit(f"srlm {stage}: {error}")
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)

@@ -18,8 +18,10 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   words.save(out.folder / "tokenizer")
   out.write("golden.json", json.dumps(words.golden(), indent=1))
   out.write("llama.json", json.dumps(dataclasses.asdict(model.config), indent=1))
+  # In place of the weights' files: equal weights give equal artifacts, which Orbax's files, with times in them, do not.
+  out.write("fingerprints.json", json.dumps(checkpoint.fingerprints(model), indent=1))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-  out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("weights", "tokenizer"))
+  out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("tokenizer",))
   states = out.folder / "states"
   if states.exists():  # Last: until the commit a stopped run goes on from them.
     states.rmtree()
@@ -40,9 +42,17 @@ def load(
   """The model of an artifact, for training (dropout and remat of the configuration) or for use (neither)."""
   artifact.manifest()
   how = settings.model
-  return checkpoint.load_model(
+  model = checkpoint.load_model(
     artifact.folder, mesh, dropout=how.dropout if train else 0.0, remat=how.remat if train else "none", dtype=how.dtype
   )
+  wanted, found = json.loads(artifact.read_text("fingerprints.json")), checkpoint.fingerprints(model)
+  damaged = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+  if damaged:
+    raise ValueError(
+      f"{artifact.folder / 'weights'} is damaged: the bits of {', '.join(damaged)} are not those that were written. "
+      f"Delete {artifact.folder} and make it again."
+    )
+  return model
 
 
 def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:

@@ -88,8 +88,8 @@ def judging(section: Mapping[str, Any]) -> Judging:
   how = sampling.Sampling(**section["sampling"])
   if not 1 <= section["min_votes"] <= section["votes"]:
     raise ValueError(f"judge.min_votes={section['min_votes']} must lie between 1 and judge.votes={section['votes']}.")
-  if section["method"] not in ("sampled", "expected"):
-    raise ValueError(f"judge.method={section['method']!r} must be 'sampled' or 'expected'.")
+  if section["method"] == "expected" and section["min_votes"] > 1:
+    raise ValueError(f"judge.min_votes={section['min_votes']}: judge.method='expected' gives one vote. Set it to 1.")
   rubric = templates.load_rubric(section["rubric"])
   return Judging(rubric, section["votes"], section["min_votes"], how, section["method"])
 

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts
+from srlm_jax import artifacts, chat
 from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
 
 STAGES = {
@@ -54,6 +54,29 @@ def resolve(value: str, workdir: epath.Path) -> epath.Path | None:
   if not value:
     return None
   return workdir / value if value.startswith("world/") else epath.Path(value).expanduser()
+
+
+def check_choices(settings: config_dict.ConfigDict) -> None:
+  """ValueError for a setting that names none of its choices, before any work starts."""
+  choices = {
+    "base.kind": ("hf", "pretrain", "random"),
+    "chat": chat.KINDS,
+    "eft.writer": ("baseline", "annotators"),
+    "eft.by": ("prompt", "reply"),
+    "prompts.writer": ("fixed", "m0", "parent"),
+    "judge.method": ("sampled", "expected"),
+    "dpo.method": ("dpo", "positive_only"),
+    "dpo.reference": ("previous", "baseline"),
+    "evaluate.grader": ("oracle", "judge", "none"),
+  }
+  for key, valid in choices.items():
+    value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
+    if value not in valid:
+      raise artifacts.unknown(value, list(valid), f"choice of {key}")
+  if settings.models < 1:
+    raise ValueError(f"models={settings.models}: at least 1, M1.")
+  if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
+    raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
 
 
 class _Plan:
@@ -119,8 +142,6 @@ class _Plan:
     inputs = {"model": parent, "responses": names["responses"]}
     self.add(names["judgements"], "judge", ("judge", *sharded), inputs, self.call(judge.run))
     scored = {"responses": names["responses"], "judgements": names["judgements"]}
-    if c.dpo.method not in ("dpo", "positive_only"):
-      raise artifacts.unknown(c.dpo.method, ["dpo", "positive_only"], "dpo.method")
     if c.dpo.method == "positive_only":
       eft_input = {"eft": "eft"} if c.eft.enabled else {}
       inputs = {"parent": "m0", "seed": "seed", **eft_input, **scored}
@@ -133,8 +154,6 @@ class _Plan:
       )
       return
     references = {"previous": parent, "baseline": "baseline"}
-    if c.dpo.reference not in references:
-      raise artifacts.unknown(c.dpo.reference, list(references), "dpo.reference")
     inputs = {"reference": references[c.dpo.reference], **scored}
     self.add(names["pairs"], "pairs", ("pairs", "dpo.batch", "chat", "model"), inputs, self.call(pairs.run))
     self.add(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, self.call(dpo.run))
@@ -143,8 +162,6 @@ class _Plan:
     """The folder of the model that writes new prompts; a fixed one from outside gets its own step, once."""
     c = self.settings
     folders = {"fixed": "writer", "m0": "m0", "parent": parent}
-    if c.prompts.writer not in folders:
-      raise artifacts.unknown(c.prompts.writer, list(folders), "prompts.writer")
     if c.prompts.writer == "fixed" and all(step.folder != "writer" for step in self.steps):
       outside = copy.deepcopy(c)
       with outside.unlocked():
@@ -168,6 +185,7 @@ class _Plan:
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
   """All steps of a run, in their order; the last one is the report."""
+  check_choices(settings)
   made = _Plan(settings, workdir, mesh)
   made.seed_models()
   for index in range(2, settings.models + 1):

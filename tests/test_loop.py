@@ -153,7 +153,7 @@ def test_another_configuration_is_refused_with_the_keys(run):
 
 @pytest.mark.slow
 def test_interrupted_in_every_stage_it_ends_with_the_same_pairs(run, tmp_path, monkeypatch):
-  """Ctrl-C once in each step: at its second file where it writes several, after some training steps, or at its commit."""
+  """Ctrl-C once in each step: at its second file, after some training steps, or at its commit."""
   workdir, interrupted = epath.Path(tmp_path / "run"), []
   write, commit, report = artifacts.Artifact.write, artifacts.Artifact.commit, train_loop._report
 

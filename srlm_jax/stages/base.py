@@ -96,6 +96,4 @@ def run(
       save_every=section.save_every,
     )
     facts |= {"documents": len(examples), "tokens": tokens, "steps": steps}
-  elif kind not in ("hf", "random"):
-    raise artifacts.unknown(kind, ["hf", "pretrain", "random"], "base.kind")
   modelstore.save(out, model, words, facts)

@@ -23,10 +23,8 @@ def run(
   if section.writer == "annotators":
     examples = list(records.read(where["judgements"], records.SFTExample))
     counts = {"written by annotators": len(examples)}
-  elif section.writer == "baseline":
-    examples, counts = _from_baseline(out, settings, mesh)
   else:
-    raise artifacts.unknown(section.writer, ["baseline", "annotators"], "eft.writer")
+    examples, counts = _from_baseline(out, settings, mesh)
   if section.max_examples and len(examples) > section.max_examples:
     examples = random.Random(settings.seed).sample(examples, section.max_examples)
     counts["kept at random (eft.max_examples)"] = len(examples)

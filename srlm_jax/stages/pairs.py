@@ -70,7 +70,5 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   if folder.exists():
     folder.rmtree()
   pairset.write(folder, rows, reference)
-  out.commit(
-    {"counts": dict(counts), "pairs": len(pairs), "reference": out.inputs["reference"].digest(), "length": length},
-    folders=("dataset",),
-  )
+  facts = {"counts": dict(counts), "pairs": len(pairs), "reference": out.inputs["reference"].digest(), "length": length}
+  out.commit(facts)
