@@ -104,8 +104,14 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   models = [key for key, artifact in made.items() if (artifact.folder / "llama.json").exists()]
   if name not in models:
     raise artifacts.unknown(name, models, "finished model of this work directory")
-  convert.export_hf(modelstore.load(made[name], settings, mesh), folder, made[name].folder / "tokenizer")
+  convert.export_hf(modelstore.load(made[name], settings, mesh), _absolute(folder), made[name].folder / "tokenizer")
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
+
+
+def _absolute(folder: str) -> epath.Path:
+  """The folder's whole path: Orbax takes no other."""
+  path = epath.Path(folder)
+  return path if "://" in folder else path.expanduser().resolve()
 
 
 def _log_to_stderr() -> None:
@@ -129,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  workdir = epath.Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+  workdir = _absolute(_WORKDIR.value) if _WORKDIR.value else None
   if workdir is None and stage != "stages":
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if _CACHE.value:

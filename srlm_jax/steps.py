@@ -72,7 +72,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
   for key, valid in choices.items():
     value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
     if value not in valid:
-      raise artifacts.unknown(value, list(valid), f"choice of {key}")
+      raise artifacts.unknown(value, list(valid), key)
   if settings.models < 1:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":

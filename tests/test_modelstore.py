@@ -4,6 +4,7 @@ import json
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
@@ -47,8 +48,7 @@ def test_the_manifest_covers_weights_and_tokenizer(saved: artifacts.Artifact) ->
     "tokenizer": tiny_model.words().digest,
   }
   names = set(manifest["files"])
-  assert {"tokenizer/tokenizer.model", "golden.json", "llama.json"} < names
-  assert any(name.startswith("weights/") for name in names)
+  assert {"tokenizer/tokenizer.model", "golden.json", "llama.json", "fingerprints.json"} <= names
 
 
 def test_the_states_go_when_the_model_is_committed_and_not_before(
@@ -106,3 +106,28 @@ def test_token_ids_of_another_tokenizer_are_refused(saved: artifacts.Artifact) -
   modelstore.same_tokenizer(saved, tiny_model.words())
   with pytest.raises(ValueError, match=r"/m1 holds token ids of the tokenizer .*they must be the same"):
     modelstore.same_tokenizer(saved, tiny_model.words(328))
+
+
+def test_every_flipped_bit_changes_the_fingerprint():
+  rng = np.random.default_rng(0)
+  for dtype, width in (("float32", np.uint32), ("bfloat16", np.uint16)):
+    leaf = jnp.asarray(rng.normal(size=(3, 5, 7)), dtype)
+    before = checkpoint.fingerprints({"w": leaf})
+    bits = np.asarray(leaf).view(width)
+    for place in range(bits.size):
+      changed = bits.copy().reshape(-1)
+      changed[place] ^= width(1 << int(rng.integers(8 * bits.itemsize)))
+      other = jnp.asarray(changed.reshape(bits.shape).view(leaf.dtype))
+      assert checkpoint.fingerprints({"w": other}) != before
+
+
+def test_equal_weights_give_equal_artifacts_and_other_bits_are_refused(saved, tmp_path):
+  again = artifacts.Artifact(epath.Path(tmp_path / "m1"), saved.config, {})
+  again.begin()
+  modelstore.save(again, tiny_model.model(), tiny_model.words(), {"steps": 7})
+  assert again.digest() == saved.digest()
+  wrong = tiny_model.model()
+  wrong.norm = type(wrong.norm)(wrong.norm[...].at[3].add(1e-3), axes=("features",))
+  checkpoint.save_model(again.folder, wrong)
+  with pytest.raises(ValueError, match=r"damaged: the bits of .*norm"):
+    modelstore.load(again, config.base(), tiny_model.one_device())
