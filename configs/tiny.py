@@ -16,6 +16,18 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c = config.base()
   c.world = dict(enabled=True)
   c.name = "the tiny world"
+  c.reasons = dict(
+    sft=dict(lr="a small model from scratch", end_lr="a small model from scratch", pack="speed: examples are short"),
+    dpo=dict(lr="a small model from scratch; at 1e-4 M3 is wrecked", end_lr="as dpo.lr", batch="speed"),
+    model=dict(dropout="too small a model to drop from"),
+    eft=dict(writer="at this size annotators write the better judge"),
+    judge=dict(rubric="every token of the prompt costs time"),
+    prompts=dict(
+      writer="the world's base model has read lists of tasks",
+      max_rouge="instructions of so small a language are alike: repetitions alone are dropped",
+      sampling=dict(temperature="a small space of instructions", top_p="a small space of instructions"),
+    ),
+  )
   c.base.update(kind="pretrain", size="tiny")
   c.tokenizer = "world/files/tokenizer.model"
   files = ("trees", "heldout_trees", "judgements", "pretrain")
