@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on a list of examples: what M1, the SFT baseline and the positive-only variant share."""
+"""Next-token training on a list of examples: what M0, the SFT baseline, M1 and the positive-only variant share."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from srlm_jax import (
   chat,
   config as config_lib,
   dataset,
+  llama,
   modelstore,
   records,
   tokenizer,
@@ -41,6 +42,49 @@ def tokenize(
   return rows, counts
 
 
+def fit(
+  out: artifacts.Artifact,
+  model: llama.Llama,
+  examples: Sequence[batching.Example],
+  section: config_dict.ConfigDict,
+  settings: config_dict.ConfigDict,
+  mesh: jax.sharding.Mesh,
+) -> tuple[llama.Llama, dict[str, int]]:
+  """Trains a model on token rows by next-token prediction of their targets.
+
+  Args:
+    out: gets `dataset/`, `states/` and `metrics.jsonl`.
+    model: where training starts; its buffers are donated.
+    examples: in any order; they are shuffled by the seed.
+    section: `settings.sft` or `settings.pretrain`.
+    settings: the whole configuration.
+    mesh: the devices.
+
+  Returns:
+    the trained model, and how many rows, tokens and steps it took.
+  """
+  order = np.random.default_rng(settings.seed).permutation(len(examples))
+  rows = batching.pack([examples[place] for place in order], settings.model.max_length, section.pack)
+  folder = out.folder / "dataset"
+  if folder.exists():  # Cheap to prepare again, and never half of one.
+    folder.rmtree()
+  dataset.write(folder, rows)
+  steps = train_step.count_steps(section, len(rows))
+  tokens = sum(len(example.tokens) for example in examples)
+  logger.info("%s: %d examples, %d tokens in %d rows; %d steps", out.folder, len(examples), tokens, len(rows), steps)
+  model = train_loop.train(
+    model=model,
+    loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
+    optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
+    batches=dataset.batches(folder, section.batch, settings.seed),
+    mesh=mesh,
+    folder=out.folder,
+    seed=settings.seed,
+    save_every=section.save_every,
+  )
+  return model, {"rows": len(rows), "tokens": tokens, "steps": steps}
+
+
 def finetune(
   out: artifacts.Artifact,
   parent: artifacts.Artifact,
@@ -50,24 +94,8 @@ def finetune(
 ) -> None:
   """Trains the parent on the examples (paper §3.1.2: target tokens only, cosine) and commits the model."""
   words = modelstore.load_tokenizer(parent)
-  section, length = settings.sft, settings.model.max_length
-  tokenized, counts = tokenize(examples, words, settings.chat, length)
-  np.random.default_rng(settings.seed).shuffle(tokenized)  # type: ignore[arg-type]
-  rows = batching.pack(tokenized, length, section.pack)
-  folder = out.folder / "dataset"
-  if folder.exists():  # Cheap to prepare again, and never half of one.
-    folder.rmtree()
-  dataset.write(folder, rows)
-  steps = train_step.count_steps(section, len(rows))
-  logger.info("%s: %s; %d rows, %d steps", out.folder, dict(counts), len(rows), steps)
-  model = train_loop.train(
-    model=modelstore.load(parent, settings, mesh, train=True),
-    loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
-    optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
-    batches=dataset.batches(folder, section.batch, settings.seed),
-    mesh=mesh,
-    folder=out.folder,
-    seed=settings.seed,
-    save_every=section.save_every,
-  )
-  modelstore.save(out, model, words, {"counts": dict(counts), "rows": len(rows), "steps": steps})
+  tokenized, counts = tokenize(examples, words, settings.chat, settings.model.max_length)
+  logger.info("%s: %s", out.folder, dict(counts))
+  start = modelstore.load(parent, settings, mesh, train=True)
+  model, sizes = fit(out, start, tokenized, settings.sft, settings, mesh)
+  modelstore.save(out, model, words, {"counts": dict(counts), **sizes})

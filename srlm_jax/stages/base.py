@@ -1,31 +1,13 @@
 """base: M0, from Hugging Face weights, from scratch on a world's text, or random (for trials)."""
 
 import dataclasses
-import functools
 import json
-import logging
 
 from etils import epath
 import jax
 from ml_collections import config_dict
-import numpy as np
 
-from srlm_jax import (
-  artifacts,
-  batching,
-  chat,
-  checkpoint,
-  config as config_lib,
-  convert,
-  dataset,
-  llama,
-  modelstore,
-  tokenizer,
-  train_loop,
-  train_step,
-)
-
-logger = logging.getLogger(__name__)
+from srlm_jax import artifacts, batching, chat, checkpoint, convert, finetune, llama, modelstore, tokenizer
 
 
 def _fresh_config(settings: config_dict.ConfigDict, words: tokenizer.Tokenizer) -> llama.LlamaConfig:
@@ -73,27 +55,7 @@ def run(
     model = checkpoint.init_model(_fresh_config(settings, words), mesh, settings.seed)
   facts: dict[str, object] = {"kind": kind}
   if kind == "pretrain":
-    rng = np.random.default_rng(settings.seed)
     examples = _documents(where["pretrain"], words, settings.chat)
-    rng.shuffle(examples)  # type: ignore[arg-type]
-    folder = out.folder / "dataset"
-    rows = batching.pack(examples, settings.model.max_length)
-    if folder.exists():
-      folder.rmtree()
-    dataset.write(folder, rows)
-    tokens = sum(len(example.tokens) for example in examples)
-    section = settings.pretrain
-    steps = train_step.count_steps(section, len(rows))
-    logger.info("base: %d documents, %d tokens in %d rows, %d steps", len(examples), tokens, len(rows), steps)
-    model = train_loop.train(
-      model=model,
-      loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
-      optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
-      batches=dataset.batches(folder, section.batch, settings.seed),
-      mesh=mesh,
-      folder=out.folder,
-      seed=settings.seed,
-      save_every=section.save_every,
-    )
-    facts |= {"documents": len(examples), "tokens": tokens, "steps": steps}
+    model, sizes = finetune.fit(out, model, examples, settings.pretrain, settings, mesh)
+    facts |= {"documents": len(examples), **sizes}
   modelstore.save(out, model, words, facts)
