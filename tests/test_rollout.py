@@ -133,8 +133,8 @@ def test_judging_is_the_configuration_s() -> None:
   for wrong in (0, 4):
     with pytest.raises(ValueError, match=f"min_votes={wrong} must lie between 1 and judge.votes=3"):
       rollout.judging({**section, "min_votes": wrong})
-  with pytest.raises(ValueError, match="judge.method='guess' must be"):
-    rollout.judging({**section, "method": "guess"})
+  with pytest.raises(ValueError, match="min_votes=2.*one vote"):
+    rollout.judging({**section, "method": "expected", "min_votes": 2})
 
 
 @pytest.fixture(scope="module")
