@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.name = "the tiny world"
   c.reasons = dict(
     sft=dict(lr="a small model from scratch", end_lr="a small model from scratch", pack="speed: examples are short"),
-    dpo=dict(lr="a small model from scratch; at 1e-4 M3 is wrecked", end_lr="as dpo.lr", batch="speed"),
+    dpo=dict(lr="a small model from scratch; at 4e-5 M3 is wrecked", end_lr="as dpo.lr", batch="speed"),
     model=dict(dropout="too small a model to drop from"),
     eft=dict(writer="at this size annotators write the better judge"),
     judge=dict(rubric="every token of the prompt costs time"),
@@ -45,8 +45,8 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.responses.sampling.update(max_new=40)
   c.judge.update(rubric="judge_tiny")
   c.judge.sampling.update(max_new=64)
-  # At 1e-4 M3 was wrecked: the answers of its pairs are so alike that a high rate unlearns what they share.
-  c.dpo.update(lr=4e-5, end_lr=4e-6, batch=32, steps=100, warmup=10)
+  # At 4e-5 for 100 steps M3 was wrecked: its pairs are so alike that a high rate unlearns what they share.
+  c.dpo.update(lr=1.5e-5, end_lr=1.5e-6, batch=32, steps=60, warmup=10)
   c.generation.update(rows=384, shard=1024)
   c.evaluate.update(grader="oracle", samples=2)
   c.evaluate.sampling.update(max_new=40)
