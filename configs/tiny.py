@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.judge.update(rubric="judge_tiny")
   c.judge.sampling.update(max_new=64)
   # At 4e-5 for 100 steps M3 was wrecked: its pairs are so alike that a high rate unlearns what they share.
-  c.dpo.update(lr=1.5e-5, end_lr=1.5e-6, batch=32, steps=60, warmup=10)
+  c.dpo.update(lr=2e-5, end_lr=2e-6, batch=32, steps=60, warmup=10)
   c.generation.update(rows=384, shard=1024)
   c.evaluate.update(grader="oracle", samples=2)
   c.evaluate.sampling.update(max_new=40)

@@ -30,6 +30,12 @@ def sha256(data: bytes) -> str:
   return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: epath.Path) -> str:
+  """Hex digest of a file, read in pieces."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """{"a": {"b": 1}} → {"a.b": 1}; sequences become JSON lists."""
   flat: dict[str, Any] = {}

@@ -1,6 +1,5 @@
 """Weights and train states on disk, through Orbax."""
 
-import dataclasses
 import json
 from typing import Any, TypeVar
 
@@ -86,9 +85,8 @@ def read_model_config(folder: epath.Path) -> llama.LlamaConfig:
   return llama.LlamaConfig(**fields, rope_scaling=llama.RopeScaling(**scaling) if scaling else None)
 
 
-def load_model(folder: epath.Path, mesh: jax.sharding.Mesh, **changes: Any) -> llama.Llama:
-  """The model of a folder, each device reading its part; `changes` replace fields such as dropout or remat."""
-  config = dataclasses.replace(read_model_config(folder), **changes)
+def load_model(folder: epath.Path, mesh: jax.sharding.Mesh, config: llama.LlamaConfig) -> llama.Llama:
+  """The model of a folder, each device reading its part; ValueError where the stored shapes are not the config's."""
   abstract = abstract_model(config, mesh)
   wanted = named_leaves(abstract)
   with ocp.StandardCheckpointer() as checkpointer:

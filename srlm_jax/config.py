@@ -43,14 +43,15 @@ def base() -> config_dict.ConfigDict:
     judgements="",  # EFT written by people (records.SFTExample), for eft.writer = "annotators".
     pretrain="",  # Documents for base.kind = "pretrain".
     ift_examples=3200,
-    eft_fraction=0.2,  # Of the trees, so that IFT and EFT share no prompt: about the paper's 762 of 3,962.
+    # Of the trees with two or more replies, so that IFT and EFT share no prompt: about the paper's 762 of 3,962.
+    eft_fraction=0.2,
     heldout_fraction=0.25,  # Of EFT prompts: the paper's 541 of 2,171 examples.
     eval_prompts_count=256,
     overlap=False,  # True: IFT and EFT may share prompts, for samples too small to divide.
   )
   c.pretrain = _training(lr=3e-4, end_lr=3e-5, batch=16, decay="cosine")
   c.sft = _training(lr=5.5e-6, end_lr=1.1e-6, batch=16, decay="cosine")
-  c.dpo = _training(lr=1e-6, end_lr=1e-7, batch=16, decay="linear")
+  c.dpo = _training(lr=1e-6, end_lr=1e-7, batch=16, decay="linear")  # The shape of the decay is unstated.
   c.dpo.beta = 0.1
   c.dpo.reference = "previous"  # or "baseline": the SFT baseline for ever.
   c.dpo.pack = False  # Never packed: a pair is two whole rows.
@@ -59,7 +60,7 @@ def base() -> config_dict.ConfigDict:
   c.eft = dict(
     enabled=True,  # False: M1 is the SFT baseline (paper's ablation, M′).
     writer="baseline",  # The paper's; "annotators" takes data.judgements.
-    attempts=1,  # Judgements sampled for each reply; the first set that agrees with the human ranks is kept.
+    attempts=1,  # unstated: judgements sampled for each reply; the first set that agrees with the human ranks is kept.
     by="prompt",  # unstated: agreement over the whole prompt; "reply" asks each reply alone.
     max_share=0.4,  # unstated: the most common score is thinned to this share.
     max_examples=0,  # 0: all.
@@ -68,13 +69,13 @@ def base() -> config_dict.ConfigDict:
     writer="fixed",  # The paper's: one fixed model for all iterations, at `path`; "m0"; "parent": M_t itself.
     path="",  # Hugging Face folder of the fixed model (the paper: Llama 2-Chat 70B).
     count=5000,  # unstated: new prompts wanted in each iteration.
-    max_proposals=20000,  # Completions to sample for them at the most.
+    max_proposals=20000,  # unstated: completions to sample for them at the most.
     per_round=512,
     seed_demonstrations=6,
     generated_demonstrations=2,
     max_rouge=0.7,
     sampling=_sampling(temperature=0.6, top_p=0.9, max_new=512),
-    chat=False,  # Whether the few-shot text goes through the chat template.
+    chat=False,  # unstated: whether the few-shot text goes through the chat template.
   )
   c.responses = dict(n=4, sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024))
   c.judge = dict(
@@ -88,7 +89,7 @@ def base() -> config_dict.ConfigDict:
   c.generation = dict(rows=64, shard=256)  # Rows decoded at once; prompts or responses in a shard file.
 
   c.evaluate = dict(
-    samples=1,
+    samples=1,  # unstated: answers to each prompt.
     sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),
     grader="judge",  # "oracle": the world's ground truth; "judge": pairwise, by the model `judge`; "none".
     judge="m1",
@@ -108,15 +109,15 @@ def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any
     min_steps=0,  # At least so many, where `epochs` of a small set are fewer.
     warmup=0,  # unstated.
     weight_decay=0.0,  # unstated.
-    b2=0.95,
-    clip=1.0,
-    pack=False,  # Several examples in a row of max_length tokens.
+    b2=0.95,  # unstated, as is the optimizer; ours is AdamW with b1 0.9.
+    clip=1.0,  # unstated: of the global gradient norm.
+    pack=False,  # unstated: several examples in a row of max_length tokens.
     save_every=200,  # The paper's.
   )
 
 
 def _sampling(temperature: float, top_p: float, max_new: int) -> dict[str, Any]:
-  return dict(temperature=temperature, top_p=top_p, max_new=max_new)
+  return dict(temperature=temperature, top_p=top_p, max_new=max_new)  # The longest text, max_new, is unstated.
 
 
 def frozen(kind: type[T], fields: Mapping[str, Any], **more: Any) -> T:

@@ -327,7 +327,7 @@ def _config_json(config: llama.LlamaConfig, dtype: str, carried: Mapping[str, An
 
 
 def _carry(config: llama.LlamaConfig, source: epath.Path, folder: epath.Path) -> dict[str, Any]:
-  """Copies tokenizer and generation_config.json into an export; returns the fields of config.json that go with them."""
+  """Copies tokenizer files into an export; returns the fields of config.json that go with them."""
   words = tokenizer.load(source)
   if words.vocab_size > config.vocab_size:
     raise ValueError(
@@ -336,11 +336,10 @@ def _carry(config: llama.LlamaConfig, source: epath.Path, folder: epath.Path) ->
     )
   words.save(folder)
   fields: dict[str, Any] = {"bos_token_id": words.bos_id, "eos_token_id": words.eos_id}
-  if (source / "generation_config.json").exists():
-    (source / "generation_config.json").copy(folder / "generation_config.json", overwrite=True)
-  if (source / "config.json").exists():  # Llama 3 has several end tokens, which only this file lists.
-    stated = json.loads((source / "config.json").read_text())
-    fields |= {name: stated[name] for name in CARRIED if stated.get(name) is not None}
+  for name in ("generation_config.json", "config.json"):  # Llama 3 has several end tokens, which only these files list.
+    if (source / name).exists():
+      stated = json.loads((source / name).read_text())
+      fields |= {key: stated[key] for key in CARRIED if stated.get(key) is not None}
   return fields
 
 

@@ -1,7 +1,7 @@
 """Next-token training on a list of examples: what M0, the SFT baseline, M1 and the positive-only variant share."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import logging
 
@@ -44,7 +44,8 @@ def tokenize(
 
 def fit(
   out: artifacts.Artifact,
-  model: llama.Llama,
+  config: llama.LlamaConfig,
+  start: Callable[[], llama.Llama],
   examples: Sequence[batching.Example],
   section: config_dict.ConfigDict,
   settings: config_dict.ConfigDict,
@@ -54,7 +55,8 @@ def fit(
 
   Args:
     out: gets `dataset/`, `states/` and `metrics.jsonl`.
-    model: where training starts; its buffers are donated.
+    config: of the model.
+    start: gives the model where training starts.
     examples: in any order; they are shuffled by the seed.
     section: `settings.sft` or `settings.pretrain`.
     settings: the whole configuration.
@@ -73,7 +75,8 @@ def fit(
   tokens = sum(len(example.tokens) for example in examples)
   logger.info("%s: %d examples, %d tokens in %d rows; %d steps", out.folder, len(examples), tokens, len(rows), steps)
   model = train_loop.train(
-    model=model,
+    config=config,
+    start=start,
     loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
     optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
     batches=dataset.batches(folder, section.batch, settings.seed),
@@ -96,6 +99,7 @@ def finetune(
   words = modelstore.load_tokenizer(parent)
   tokenized, counts = tokenize(examples, words, settings.chat, settings.model.max_length)
   logger.info("%s: %s", out.folder, dict(counts))
-  start = modelstore.load(parent, settings, mesh, train=True)
-  model, sizes = fit(out, start, tokenized, settings.sft, settings, mesh)
+  start = functools.partial(modelstore.load, parent, settings, mesh, train=True)
+  config = modelstore.model_config(parent, settings, train=True)
+  model, sizes = fit(out, config, start, tokenized, settings.sft, settings, mesh)
   modelstore.save(out, model, words, {"counts": dict(counts), **sizes})

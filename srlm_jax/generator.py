@@ -7,7 +7,7 @@ import hashlib
 import jax
 import numpy as np
 
-from srlm_jax import batching, llama, sampling
+from srlm_jax import batching, llama, mesh, sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Generator:
     model: the model.
     eos_id: its end token.
     sampling: temperature, top-p and the longest continuation.
-    rows: continuations decoded at once; a batch holds rows // samples prompts.
+    rows: continuations decoded at once, about: a batch holds rows // samples prompts, rounded to fill the devices.
     max_prompt: longest prompt in tokens; the caller checks it, a longer one is a ValueError here.
     seed: of all random draws.
   """
@@ -75,9 +75,14 @@ class Generator:
       probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
       yield from zip(batch, np.asarray(probs)[: len(batch)], strict=True)
 
+  def _slots(self, samples: int) -> int:
+    """Prompts of a batch: about rows // samples, a multiple of what the mesh in use divides a batch into."""
+    ways = mesh.ways("batch")
+    return max(self.rows // samples // ways, 1) * ways
+
   def _pad(self, batch: list[Request], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts [R, P] and their lengths [R], empty slots at the end."""
-    count = max(self.rows // batch[0].samples, 1)
+    count = self._slots(batch[0].samples)
     lengths = np.zeros(count, np.int32)
     lengths[: len(batch)] = [len(request.tokens) for request in batch]
     return batching.pad([request.tokens for request in batch], length, count), lengths
@@ -89,7 +94,7 @@ class Generator:
       groups.setdefault((batching.bucket(len(request.tokens), sizes), request.samples), []).append(request)
     for (length, samples), group in sorted(groups.items(), key=lambda item: item[0]):
       group.sort(key=lambda request: len(request.tokens))
-      size = max(self.rows // samples, 1)
+      size = self._slots(samples)
       for start in range(0, len(group), size):
         yield length, group[start : start + size]
 

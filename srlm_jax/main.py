@@ -29,9 +29,13 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODEL = flags.DEFINE_string("model", None, "For export: which model of the work directory (m0, baseline, m1, m2, …).")
 _OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
+)
 _CACHE = flags.DEFINE_string(
   "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
 )
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
 def usage() -> str:
@@ -72,6 +76,7 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
     raise ValueError("this configuration has no such step: see `srlm stages`.")
   for artifact in made.values():
     artifact.check_config()
+  steps.check_start(settings, workdir, mesh, [step for step in chosen if not made[step.folder].done])
   for number, step in enumerate(chosen, 1):
     out = made[step.folder]
     if step.stage != "report":
@@ -104,7 +109,8 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   models = [key for key, artifact in made.items() if (artifact.folder / "llama.json").exists()]
   if name not in models:
     raise artifacts.unknown(name, models, "finished model of this work directory")
-  convert.export_hf(modelstore.load(made[name], settings, mesh), _absolute(folder), made[name].folder / "tokenizer")
+  model = modelstore.load(made[name], settings, mesh)
+  convert.export_hf(model, _absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
 
 
@@ -152,7 +158,8 @@ def main(argv: Sequence[str]) -> None:
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    logger.debug("the error in full", exc_info=True)
+    if _DEBUG.value:
+      raise
     sys.exit(f"srlm {stage}: {error}")
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
 

@@ -138,3 +138,9 @@ def constrain(array: jax.Array, axes: Axes) -> jax.Array:
     for size, part in zip(array.shape, spec(axes), strict=True)
   ]
   return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))
+
+
+def ways(axis: str) -> int:
+  """Into how many pieces the mesh in use (`jax.set_mesh`) splits a dimension of this name; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else _ways(RULES[axis], mesh)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 from typing import Any
 
-from etils import epath
 import jax
 from ml_collections import config_dict
 
@@ -36,15 +35,23 @@ def load_tokenizer(artifact: artifacts.Artifact) -> tokenizer.Tokenizer:
   return words
 
 
+def model_config(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, train: bool) -> llama.LlamaConfig:
+  """The sizes of an artifact's model, for training (dropout and remat of the configuration) or for use (neither)."""
+  how = settings.model
+  return dataclasses.replace(
+    checkpoint.read_model_config(artifact.folder),
+    dropout=how.dropout if train else 0.0,
+    remat=how.remat if train else "none",
+    dtype=how.dtype,
+  )
+
+
 def load(
   artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, train: bool = False
 ) -> llama.Llama:
-  """The model of an artifact, for training (dropout and remat of the configuration) or for use (neither)."""
+  """The model of an artifact, each device reading its part, for training or for use."""
   artifact.manifest()
-  how = settings.model
-  model = checkpoint.load_model(
-    artifact.folder, mesh, dropout=how.dropout if train else 0.0, remat=how.remat if train else "none", dtype=how.dtype
-  )
+  model = checkpoint.load_model(artifact.folder, mesh, model_config(artifact, settings, train))
   wanted, found = json.loads(artifact.read_text("fingerprints.json")), checkpoint.fingerprints(model)
   damaged = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
   if damaged:
@@ -75,8 +82,3 @@ def same_tokenizer(artifact: artifacts.Artifact, words: tokenizer.Tokenizer) -> 
       f"{artifact.folder} holds token ids of the tokenizer {theirs[:12]}…, the model has {words.digest[:12]}…: "
       "they must be the same. Make the artifact again with this model."
     )
-
-
-def metrics_path(artifact: artifacts.Artifact) -> epath.Path:
-  """Where training writes one line a step."""
-  return artifact.folder / "metrics.jsonl"

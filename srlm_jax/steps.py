@@ -10,8 +10,10 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat
+from srlm_jax import artifacts, chat, templates
 from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
+
+DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
 
 STAGES = {
   "world": "the embedded world's files (configs/tiny.py alone)",
@@ -56,6 +58,53 @@ def resolve(value: str, workdir: epath.Path) -> epath.Path | None:
   return workdir / value if value.startswith("world/") else epath.Path(value).expanduser()
 
 
+def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[str, str]:
+  """SHA-256 of each file from outside that the configuration names, by setting: another content is another run."""
+  found = {
+    "judge.rubric": templates.load_rubric(settings.judge.rubric).digest,
+    "evaluate.pairwise": templates.load_pairwise(settings.evaluate.pairwise).digest,
+    "prompts.few_shot": templates.few_shot_digest(),
+  }
+  for name in DATA:
+    path = resolve(settings.data[name], workdir)
+    if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
+      found[f"data.{name}"] = artifacts.file_sha256(path)
+  return found
+
+
+def check_start(
+  settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, todo: Sequence[Step]
+) -> None:
+  """ValueError, before any work starts, for a file that a step needs and is not there, or an uneven batch."""
+  c, stages = settings, {step.stage for step in todo}
+  folders = {step.folder for step in todo}
+  needed = {
+    "base.path": "m0" in folders and c.base.kind == "hf",
+    "tokenizer": "m0" in folders and (c.base.kind != "hf" or c.tokenizer),
+    "prompts.path": "writer" in folders,
+    "data.pretrain": "m0" in folders and c.base.kind == "pretrain",
+    "data.trees": "seed" in stages,
+    "data.heldout_trees": "seed" in stages and c.data.heldout_trees,
+    "data.eval_prompts": "seed" in stages and c.data.eval_prompts,
+    "data.judgements": "eft" in stages and c.eft.writer == "annotators",
+  }
+  for key in (key for key, wanted in needed.items() if wanted):
+    value = functools.reduce(lambda section, part: section[part], key.split("."), c)
+    path = resolve(value, workdir)
+    if path is None:
+      raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
+    if not value.startswith("world/") and not path.exists():
+      raise ValueError(f"{key}={value}: there is no such file or folder.")
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  pretrains = c.base.kind == "pretrain" and "m0" in folders
+  for name, wanted in {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}.items():
+    if wanted and c[name].batch % ways:
+      raise ValueError(
+        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.data × mesh.fsdp): change it to a "
+        f"multiple of {ways}, or raise mesh.tensor ({mesh.shape['tensor']})."
+      )
+
+
 def check_choices(settings: config_dict.ConfigDict) -> None:
   """ValueError for a setting that names none of its choices, before any work starts."""
   choices = {
@@ -75,6 +124,8 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
       raise artifacts.unknown(value, list(valid), key)
   if settings.models < 1:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
+  if settings.evaluate.grader == "oracle" and not settings.world.enabled:
+    raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge' or 'none'.")
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
 
@@ -86,13 +137,18 @@ class _Plan:
     self.settings, self.mesh, self.workdir = settings, mesh, workdir
     self.steps: list[Step] = []
     self.world = {"world": "world"} if settings.world.enabled else {}
-    names = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")
-    self.where = {name: resolve(settings.data[name], workdir) for name in names}
+    self.where = {name: resolve(settings.data[name], workdir) for name in DATA}
+    self.read = read_files(settings, workdir)
 
   def add(
     self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]
   ) -> None:
-    self.steps.append(Step(folder, stage, subset(self.settings, keys), dict(inputs), run))
+    read = {
+      f"{setting} (SHA-256)": digest
+      for setting, digest in self.read.items()
+      if any(setting == key or setting.startswith(f"{key}.") for key in keys)
+    }
+    self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run))
 
   def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
     return functools.partial(run, settings=settings or self.settings, mesh=self.mesh)
@@ -103,13 +159,14 @@ class _Plan:
       self.call(base.run, settings), where={"tokenizer": tokenizer, "base": path, "pretrain": self.where["pretrain"]}
     )
     keys = ("base", "tokenizer", "chat", "model", "pretrain")
-    self.steps.append(Step(folder, "base", subset(settings, keys), dict(self.world), run))
+    read = {"data.pretrain (SHA-256)": self.read["data.pretrain"]} if "data.pretrain" in self.read else {}
+    self.steps.append(Step(folder, "base", subset(settings, keys) | read, dict(self.world), run))
 
   def seed_models(self) -> None:
     """M0, the seed data, the SFT baseline, EFT and M1 (paper §2.2)."""
     c, keys = self.settings, ("sft", "chat", "model")
     if c.world.enabled:
-      self.add("world", "world", ("world",), {}, functools.partial(world.run, settings=c))
+      self.add("world", "world", ("world", "judge.rubric"), {}, functools.partial(world.run, settings=c))
     self.base_model("m0", c)
     self.add("seed", "seed", ("data",), self.world, functools.partial(seed.run, settings=c, where=self.where))
     self.add("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, self.call(sft.run))
@@ -190,7 +247,7 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
   made.seed_models()
   for index in range(2, settings.models + 1):
     made.iteration(index)
-    made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "baseline"])))
+    made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "m1", "baseline"])))
   inputs = {step.folder: step.folder for step in made.steps}
   run = functools.partial(report.run, settings=settings, steps=made.steps)
   made.add("report", "report", (), inputs, run)

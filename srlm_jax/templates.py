@@ -178,6 +178,11 @@ def parse_verdict(continuation: str) -> str | None:
   return {"A": "A", "B": "B", "C": "tie"}[found[-1]] if found else None
 
 
+def few_shot_digest() -> str:
+  """sha256 of the template of `few_shot`, hexadecimal."""
+  return _load("self_instruct", ("tasks",))[-1]
+
+
 def few_shot(demonstrations: list[str]) -> str:
   """The prompt for new tasks (paper §2.3, Self-Instruct): a headline and the numbered tasks, left open at the next one.
 

@@ -36,6 +36,7 @@ HUGGINGFACE_FILES = (
   "merges.txt",
   "chat_template.jinja",
   "chat_template.json",
+  "generation_config.json",  # Which tokens end a text: not read here, and it goes where the tokenizer goes.
   SENTENCEPIECE_FILE,
 )
 # Where tokenizers, their versions and their settings differ: cases, digits, scripts, blanks, specials spelt out.
@@ -155,7 +156,8 @@ def load(path: epath.PathLike) -> Tokenizer:
     return _huggingface(files, path)
   if SENTENCEPIECE_FILE not in files:
     raise ValueError(f"no tokenizer at {path}: neither {SENTENCEPIECE_FILE} nor {HUGGINGFACE_FILES[0]} is there.")
-  return _sentencepiece(files[SENTENCEPIECE_FILE], path)
+  carried = {name: files[name] for name in (SENTENCEPIECE_FILE, "generation_config.json") if name in files}
+  return dataclasses.replace(_sentencepiece(files[SENTENCEPIECE_FILE], path), files=carried)
 
 
 def _check_ends(bos_id: int | None, eos_id: int | None, path: epath.Path) -> None:

@@ -1,6 +1,6 @@
 """The loop around a train step: batches in, metrics and checkpoints out, resumed where it stopped."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import functools
 import json
@@ -27,10 +27,11 @@ class Batches(Protocol):
 
 
 def abstract_state(
-  model: llama.Llama, optimizer: train_step.OptimizerConfig, mesh: jax.sharding.Mesh
+  config: llama.LlamaConfig, optimizer: train_step.OptimizerConfig, mesh: jax.sharding.Mesh
 ) -> train_step.TrainState:
   """Shapes and shardings of the train state."""
   transform = train_step.optimizer(optimizer)
+  model = checkpoint.abstract_model(config, mesh)
   return checkpoint.with_shardings(jax.eval_shape(functools.partial(train_step.init, transform=transform), model), mesh)
 
 
@@ -49,7 +50,8 @@ def _kept_lines(path: epath.Path, steps: int) -> str:
 
 def train(
   *,
-  model: llama.Llama,
+  config: llama.LlamaConfig,
+  start: Callable[[], llama.Llama],
   loss_fn: train_step.LossFn,
   optimizer: train_step.OptimizerConfig,
   batches: Batches,
@@ -61,7 +63,9 @@ def train(
   """Trains for `optimizer.steps` steps and returns the model.
 
   Args:
-    model: where training starts; its buffers are donated, so the caller must not use it afterwards.
+    config: of the model.
+    start: gives the model where training starts; its buffers are donated. A resumed run does not call it, and so needs
+      no more memory than a fresh one.
     loss_fn: (model, batch, dropout key) → (loss, metrics).
     optimizer: learning rates and steps.
     batches: item k is the batch of step k, arrays whose first axis is divided over the devices.
@@ -71,7 +75,7 @@ def train(
     save_every: steps between two saved states.
   """
   transform = train_step.optimizer(optimizer)
-  abstract = abstract_state(model, optimizer, mesh)
+  abstract = abstract_state(config, optimizer, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   folder.mkdir(parents=True, exist_ok=True)
   store = checkpoint.StateStore(folder / "states")
@@ -81,7 +85,7 @@ def train(
     logger.info("%s: goes on from step %d of %d", folder, first, optimizer.steps)
   else:
     init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
-    first, state = 0, init(model)
+    first, state = 0, init(start())
   step_fn = jax.jit(
     functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform),
     donate_argnums=0,

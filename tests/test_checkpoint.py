@@ -47,7 +47,7 @@ def test_a_model_is_made_in_parts_and_the_same_on_every_mesh() -> None:
 def test_a_model_comes_back_on_another_mesh(folder: epath.Path) -> None:
   saved = checkpoint.init_model(tiny_model.CONFIG, mesh_lib.make_mesh(fsdp=8), seed=5)
   devices = tiny_model.eight_devices()
-  model = checkpoint.load_model(folder, devices)
+  model = checkpoint.load_model(folder, devices, tiny_model.CONFIG)
   assert_same(model, saved)
   assert model.config == tiny_model.CONFIG
   wanted = jax.tree.leaves(mesh_lib.shardings(checkpoint.abstract_model(tiny_model.CONFIG, devices), devices))
@@ -56,7 +56,8 @@ def test_a_model_comes_back_on_another_mesh(folder: epath.Path) -> None:
 
 
 def test_how_a_model_computes_may_change(folder: epath.Path) -> None:
-  model = checkpoint.load_model(folder, tiny_model.one_device(), dropout=0.1, remat="full", dtype="bfloat16")
+  config = dataclasses.replace(tiny_model.CONFIG, dropout=0.1, remat="full", dtype="bfloat16")
+  model = checkpoint.load_model(folder, tiny_model.one_device(), config)
   assert (model.config.dropout, model.config.remat, model.config.dtype) == (0.1, "full", "bfloat16")
   assert model.norm[...].dtype == jnp.float32
 
@@ -71,7 +72,7 @@ def test_how_a_model_computes_may_change(folder: epath.Path) -> None:
 )
 def test_another_shape_or_dtype_is_refused(folder: epath.Path, changes: dict[str, object], message: str) -> None:
   with pytest.raises(ValueError, match=message):
-    checkpoint.load_model(folder, tiny_model.one_device(), **changes)
+    checkpoint.load_model(folder, tiny_model.one_device(), dataclasses.replace(tiny_model.CONFIG, **changes))
 
 
 def test_a_llama_3_config_comes_back(tmp_path: epath.Path) -> None:
@@ -84,7 +85,7 @@ def test_a_llama_3_config_comes_back(tmp_path: epath.Path) -> None:
 
 def state_of(mesh: jax.sharding.Mesh, seed: int) -> train_step.TrainState:
   """A train state whose every leaf holds something else."""
-  abstract = train_loop.abstract_state(tiny_model.model(), OPTIMIZER, mesh)
+  abstract = train_loop.abstract_state(tiny_model.CONFIG, OPTIMIZER, mesh)
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda leaf: jax.device_put(rng.normal(0, 9, leaf.shape).astype(leaf.dtype), leaf.sharding), abstract
@@ -98,7 +99,7 @@ def test_a_train_state_comes_back_on_another_mesh(tmp_path: epath.Path) -> None:
   store.save(4, state)
   store.close()
   devices = tiny_model.eight_devices()
-  abstract = train_loop.abstract_state(tiny_model.model(), OPTIMIZER, devices)
+  abstract = train_loop.abstract_state(tiny_model.CONFIG, OPTIMIZER, devices)
   step, found = checkpoint.StateStore(epath.Path(tmp_path) / "states").restore(abstract)
   assert step == 4
   assert_same(found, state)
@@ -113,7 +114,7 @@ def test_the_newest_two_states_are_kept(tmp_path: epath.Path) -> None:
     store.save(step, state_of(mesh, step))
   store.close()
   assert sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) == [4, 6]
-  step, found = checkpoint.StateStore(folder).restore(train_loop.abstract_state(tiny_model.model(), OPTIMIZER, mesh))
+  step, found = checkpoint.StateStore(folder).restore(train_loop.abstract_state(tiny_model.CONFIG, OPTIMIZER, mesh))
   assert step == 6
   assert_same(found, state_of(mesh, 6))
 
@@ -124,6 +125,6 @@ def test_a_state_of_another_model_is_refused(tmp_path: epath.Path) -> None:
   store.save(2, state_of(mesh, 0))
   store.close()
   for changes, name in (({"ffw": 64}, "down"), ({"param_dtype": "bfloat16"}, "bfloat16")):
-    other = train_loop.abstract_state(tiny_model.model(**changes), OPTIMIZER, mesh)
+    other = train_loop.abstract_state(dataclasses.replace(tiny_model.CONFIG, **changes), OPTIMIZER, mesh)
     with pytest.raises(ValueError, match=f"{name}.* in this run: another model or dtype"):
       checkpoint.StateStore(folder).restore(other)

@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 
-from srlm_jax import convert, llama, mesh
+from srlm_jax import convert, llama, mesh, tokenizer
 
 CONFIG = llama.LlamaConfig(
   vocab_size=48, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, ffw=24, max_length=64, rope_theta=500.0
@@ -237,6 +238,9 @@ def test_tokenizer_and_generation_config_are_carried(tokenizer_folder: pathlib.P
   # From a model's folder: its own end tokens, and how it generates, too.
   change(tmp_path / "one", eos_token_id=[2, 7])
   (tmp_path / "one" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+  tokenizer.load(tmp_path / "one").save(epath.Path(tmp_path / "kept"))  # As an artifact keeps them.
+  convert.export_hf(make(), tmp_path / "three", tmp_path / "kept")
+  assert json.loads((tmp_path / "three" / "config.json").read_text())["eos_token_id"] == [2, 7]
   convert.export_hf(make(), tmp_path / "two", tmp_path / "one")
   assert json.loads((tmp_path / "two" / "config.json").read_text())["eos_token_id"] == [2, 7]
   assert (tmp_path / "two" / "generation_config.json").read_text() == '{"eos_token_id": [2, 7]}'

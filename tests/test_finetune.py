@@ -68,7 +68,7 @@ def test_finetuning_learns_and_commits(tmp_path: epath.Path) -> None:
   facts = out.manifest()["facts"]
   assert (facts["rows"], facts["steps"], facts["tokenizer"]) == (8, 40, tiny_model.words().digest)
   assert facts["counts"] == {"ift given": 9, "ift left out: longer than 64 tokens": 1}
-  assert len(modelstore.metrics_path(out).read_text().splitlines()) == 40
+  assert len((out.folder / "metrics.jsonl").read_text().splitlines()) == 40
   before, after = (modelstore.load(artifact, c, mesh) for artifact in (parent, out))
   rows = batching.pack(finetune.tokenize(examples[:1], tiny_model.words(), c.chat, 64)[0], 64, False)
   batch = {name: jnp.asarray(value)[None] for name, value in rows[0].items()}

@@ -67,13 +67,17 @@ def run(tmp_path_factory, one_device):
 
 
 def outcome(workdir):
-  """What two runs must share: pairs, reference log-probs and the digests of all models."""
+  """What two runs must share: every artifact's digest (the bits of weights and data), pairs, log-probs and losses."""
   found = {}
   for aift in ("aift1", "aift2"):
     for name in ("pairs.jsonl", "reference.jsonl"):
       found[aift, name] = (workdir / aift / "pairs" / name).read_text()
   for model in ("m0", "baseline", "m1", "m2", "m3"):
-    found[model] = [json.loads(line) for line in (workdir / model / "metrics.jsonl").read_text().splitlines()]
+    found[model, "metrics"] = [
+      json.loads(line) for line in (workdir / model / "metrics.jsonl").read_text().splitlines()
+    ]
+  for manifest in workdir.glob("**/manifest.json"):
+    found[str(manifest.parent.relative_to(workdir))] = json.loads(manifest.read_text())["digest"]
   return found
 
 

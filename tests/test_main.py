@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from etils import epath
 import pytest
 
-from srlm_jax import artifacts, config, main, steps
+from srlm_jax import artifacts, config, main, steps, templates
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f"{ROOT / 'configs' / 'tiny.py'}:smoke"
@@ -93,6 +93,49 @@ def test_a_stage_that_the_configuration_lacks_is_an_error(tmp_path: pathlib.Path
       main.main(["srlm", "dpo"])
 
 
+THERE = {"base.path": __file__, "prompts.path": __file__, "data.trees": __file__}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({}, r"base\.path is not set: give --config\.base\.path=PATH\."),
+    ({"base.path": "/nowhere"}, r"base\.path=/nowhere: there is no such file or folder\."),
+    ({"base.path": __file__}, r"prompts\.path is not set"),
+    ({**THERE, "data.trees": ""}, r"data\.trees is not set"),
+    ({**THERE, "eft.writer": "annotators"}, r"data\.judgements is not set"),
+    ({**THERE, "base.kind": "random"}, r"tokenizer is not set"),
+    ({**THERE, "sft.batch": 12}, r"sft\.batch=12 does not divide among 8 devices"),
+    ({**THERE, "evaluate.grader": "oracle"}, r"evaluate\.grader='oracle' grades the tiny world alone"),
+  ],
+)
+def test_what_a_run_lacks_is_said_before_any_work(
+  changes: dict[str, object], message: str, tmp_path: pathlib.Path
+) -> None:
+  settings = config.base()
+  settings.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    main.run_steps(settings, epath.Path(tmp_path / "run"), "all")
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_content_of_a_file_is_part_of_the_configuration(tmp_path: pathlib.Path) -> None:
+  settings, rubric = config.base(), tmp_path / "mine.txt"
+  settings.judge.rubric, settings.data.trees = str(rubric), str(tmp_path / "trees.jsonl")
+
+  def configs(text: str) -> dict[str, dict]:
+    templates._load.cache_clear()
+    rubric.write_text(f"{text} {{instruction}} {{response}}")
+    (tmp_path / "trees.jsonl").write_text(text)
+    return {step.folder: step.config for step in steps.plan(settings, epath.Path("w"), None)}
+
+  one, two = configs("one"), configs("two")
+  assert {folder for folder in one if one[folder] != two[folder]} == {
+    *("seed", "eft", "aift1/judgements", "aift2/judgements"),
+    *(f"eval/{name}" for name in ("baseline", "m1", "m2", "m3")),
+  }
+
+
 def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
   assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES))
@@ -121,8 +164,8 @@ class Run:
         out.commit({})
 
     return [
-      steps.Step("a", "seed", {"votes": 3}, {}, run),
-      steps.Step("b", "judge", {"votes": self.votes}, {"seed": "a"}, run),
+      steps.Step("a", "responses", {"votes": 3}, {}, run),
+      steps.Step("b", "judge", {"votes": self.votes}, {"responses": "a"}, run),
       steps.Step("c", "pairs", {"votes": 3}, {"judgements": "b"}, run),
       steps.Step("report", "report", {}, {"a": "a", "b": "b", "c": "c"}, run),
     ]
@@ -150,7 +193,7 @@ def test_one_stage_alone(run: Run, tmp_path: pathlib.Path) -> None:
   place = epath.Path(tmp_path)
   with pytest.raises(ValueError, match=r"/a is not finished .*run its stage first"):
     main.run_steps(config.base(), place, "judge")
-  main.run_steps(config.base(), place, "seed")
+  main.run_steps(config.base(), place, "responses")
   main.run_steps(config.base(), place, "judge")
   assert run.ran == ["a", "b"]
 

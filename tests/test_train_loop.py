@@ -42,7 +42,8 @@ class Stopping:
 def train(folder: epath.Path, batches: Stopping, **changes: object) -> llama.Llama:
   mesh = changes.pop("mesh", None) or tiny_model.one_device()
   settings = {
-    "model": checkpoint.init_model(CONFIG, mesh, seed=1),
+    "config": CONFIG,
+    "start": lambda: checkpoint.init_model(CONFIG, mesh, seed=1),
     "loss_fn": functools.partial(train_step.sft_loss, chunk=0),
     "optimizer": OPTIMIZER,
     "save_every": 2,
@@ -164,7 +165,7 @@ def test_each_step_drops_something_else_out(tmp_path: epath.Path) -> None:
 def test_the_model_is_not_copied(tmp_path: epath.Path) -> None:
   mesh = tiny_model.one_device()
   start = checkpoint.init_model(CONFIG, mesh, seed=1)
-  train(epath.Path(tmp_path), Stopping(), model=start)
+  train(epath.Path(tmp_path), Stopping(), start=lambda: start)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
 
 

@@ -56,6 +56,6 @@ def run(
   facts: dict[str, object] = {"kind": kind}
   if kind == "pretrain":
     examples = _documents(where["pretrain"], words, settings.chat)
-    model, sizes = finetune.fit(out, model, examples, settings.pretrain, settings, mesh)
+    model, sizes = finetune.fit(out, model.config, lambda: model, examples, settings.pretrain, settings, mesh)
     facts |= {"documents": len(examples), **sizes}
   modelstore.save(out, model, words, facts)

@@ -25,12 +25,14 @@ logger = logging.getLogger(__name__)
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Trains the input "parent" on the input "pairs"."""
   pairs, section = out.inputs["pairs"], settings.dpo
-  words = modelstore.load_tokenizer(out.inputs["parent"])
+  parent = out.inputs["parent"]
+  words = modelstore.load_tokenizer(parent)
   count = pairs.manifest()["facts"]["pairs"]
   steps = train_step.count_steps(section, count)
   logger.info("%s: %d pairs, %d steps", out.folder, count, steps)
   model = train_loop.train(
-    model=modelstore.load(out.inputs["parent"], settings, mesh, train=True),
+    config=modelstore.model_config(parent, settings, train=True),
+    start=functools.partial(modelstore.load, parent, settings, mesh, train=True),
     loss_fn=functools.partial(train_step.dpo_loss, chunk=settings.model.logits_chunk, beta=section.beta),
     optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
     batches=pairset.Batches(pairs.folder / "dataset", section.batch, settings.seed),
