@@ -43,5 +43,9 @@ if [[ ! -f $stamp || $(<"$stamp") != "$made_from" ]]; then
 fi
 
 if [[ $torch == yes ]] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  # First the CPU's own build: the one of the package index can bring gigabytes for GPUs.
+  version=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' setup.py)
+  "${pip[@]}" --retries 0 --timeout 15 --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version" \
+    2>/dev/null || true
   "${pip[@]}" -e '.[torch]' || echo "No torch here: the parity tests compare with golden files instead." >&2
 fi
