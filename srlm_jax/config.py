@@ -43,8 +43,8 @@ def base() -> config_dict.ConfigDict:
     judgements="",  # EFT written by people (records.SFTExample), for eft.writer = "annotators".
     pretrain="",  # Documents for base.kind = "pretrain".
     ift_examples=3200,
-    # Of the trees with two or more replies, so that IFT and EFT share no prompt: about the paper's 762 of 3,962.
-    eft_fraction=0.2,
+    # Of the trees with two or more replies, so that IFT and EFT share no prompt: the paper's 762 of 3,962.
+    eft_fraction=762 / 3962,
     heldout_fraction=0.25,  # Of EFT prompts: the paper's 541 of 2,171 examples.
     eval_prompts_count=256,
     overlap=False,  # True: IFT and EFT may share prompts, for samples too small to divide.
@@ -62,6 +62,7 @@ def base() -> config_dict.ConfigDict:
     writer="baseline",  # The paper's; "annotators" takes data.judgements.
     attempts=1,  # unstated: judgements sampled for each reply; the first set that agrees with the human ranks is kept.
     by="prompt",  # unstated: agreement over the whole prompt; "reply" asks each reply alone.
+    ties="disagree",  # unstated: equal scores of replies with different ranks; or "agree".
     max_share=0.4,  # unstated: the most common score is thinned to this share.
     max_examples=0,  # 0: all.
   )

@@ -21,7 +21,6 @@ SELF_INSTRUCT_BLACKLIST = (
     "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
     "go to",
 )  # fmt: skip
-ALPACA_BLACKLIST = (*SELF_INSTRUCT_BLACKLIST, "video", "audio", "music", "flowchart", "diagram")
 
 REASONS = (
   "too_short",

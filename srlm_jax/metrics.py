@@ -169,6 +169,7 @@ def _count_prompt(ranks: Sequence[float], scores: Sequence[float | None], top: f
   people = np.sign(quality[first] - quality[second])
   judge = np.sign(given[first] - given[second])[people != 0]
   people = people[people != 0]  # Where people saw no difference there is nothing to get right.
+  ordered = len(set(ranks)) > 1
   pairs, right, tied = len(people), int((judge == people).sum()), int((judge == 0).sum())
   correlations = _correlations(quality, given)
   spearman, kendall = correlations or (0.0, 0.0)
@@ -177,7 +178,7 @@ def _count_prompt(ranks: Sequence[float], scores: Sequence[float | None], top: f
   best = quality == -min(ranks, default=0.0)
   return {
       "right": right, "decided": pairs - tied, "tied": tied, "pairs": pairs,
-      "exact": float(pairs > 0 and right == pairs), "ordered": float(pairs > 0),
+      "exact": float(ordered and right == pairs and len(readable) == len(scores)), "ordered": float(ordered),
       "spearman": spearman, "kendall": kendall, "defined": float(correlations is not None),
       "undefined": float(correlations is None), "best_top": int((at_top & best).sum()), "top": int(at_top.sum()),
       "unreadable": len(scores) - len(readable), "responses": len(scores), "prompts": 1.0,
@@ -199,7 +200,8 @@ def reward_model_metrics(
     pairwise: of the pairs that the judge did not tie, the share ordered as people ordered them; ties in `left_out`.
     pairwise_strict: the same share of all pairs, a tie being wrong.
     tie_rate: the share of pairs that the judge tied.
-    exact_match: of the prompts with any pair, the share whose every pair is ordered as people did; a tie breaks it.
+    exact_match: of the prompts whose responses people ordered, the share whose every pair is ordered as people did; a
+      tie breaks it, and so does a response without a score.
     spearman, kendall: mean over prompts of Spearman's rho and Kendall's tau-b between human quality and score. A prompt
       where they are undefined (one response, all scores equal, all ranks equal) is in `left_out`, not averaged as 0.
     five_best: of the responses with the scale's highest score, the share that people ranked first in their prompt.

@@ -20,7 +20,6 @@ import pydantic
 from srlm_jax.records import Prompt, RankedReplies, Reply, SFTExample
 
 # Paper: 1,630 + 541 judgements at about 2.85 replies a prompt are 762 prompts, beside 3,200 that are used for IFT.
-PAPER_EFT_FRACTION = 762 / (762 + 3200)
 
 
 class _Node(pydantic.BaseModel):
@@ -222,7 +221,7 @@ def split(
   trees: Sequence[Tree],
   *,
   ift_examples: int = 3200,
-  eft_fraction: float = PAPER_EFT_FRACTION,
+  eft_fraction: float = 762 / 3962,
   heldout_fraction: float = 0.25,
   eval_prompts: int = 256,
   overlap: bool = False,

@@ -99,6 +99,21 @@ class PreferencePair(Record):
 R = TypeVar("R", bound=Record)
 
 
+class Document(Record):
+  """A pretraining text: `text` alone, or an instruction and its response, to be read in the chat template."""
+
+  text: str | None = None
+  prompt: str | None = None
+  response: str | None = None
+
+  @pydantic.model_validator(mode="after")
+  def _one_form(self) -> "Document":
+    filled = (self.text is not None, self.prompt is not None, self.response is not None)
+    if filled not in ((True, False, False), (False, True, True)):
+      raise ValueError('give either "text" or both "prompt" and "response"')
+    return self
+
+
 def read(path: epath.PathLike, kind: type[R]) -> Iterator[R]:
   """Yields the records of a JSON Lines file; ValueError with file, line and rule where one does not fit."""
   path = epath.Path(path)

@@ -26,7 +26,7 @@ UNSTATED = (
     for stage in ("sft", "dpo")
     for key in ("epochs", "steps", "min_steps", "warmup", "weight_decay", "b2", "clip", "pack")
   ),
-  *("dpo.decay", "eft.by", "eft.attempts", "eft.max_share", "eft.max_examples"),
+  *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
   *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples"),
   *(f"{stage}.sampling.max_new" for stage in ("prompts", "responses", "judge", "evaluate")),
 )

@@ -6,6 +6,8 @@ import math
 import statistics
 from typing import Any
 
+import numpy as np
+
 from srlm_jax import chat, generator, llama, records, sampling, templates
 from srlm_jax.tokenizer import Tokenizer
 
@@ -173,6 +175,7 @@ def _expected(
   engine = dataclasses.replace(engine, max_prompt=engine.max_prompt + len(head))
   found = {}
   for request, probs in engine.option_probs(longer, list(options)):
-    score = sum(float(prob) * score for prob, score in zip(probs, options.values(), strict=True))
+    weights, scores = np.asarray(probs, np.float64), np.asarray(list(options.values()), np.float64)
+    score = float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high))
     found[request.name] = [records.Vote(text=f"Score: {score:.3f} (expected)", score=score)]
   return found

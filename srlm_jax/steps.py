@@ -112,6 +112,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     "chat": chat.KINDS,
     "eft.writer": ("baseline", "annotators"),
     "eft.by": ("prompt", "reply"),
+    "eft.ties": ("disagree", "agree"),
     "prompts.writer": ("fixed", "m0", "parent"),
     "judge.method": ("sampled", "expected"),
     "dpo.method": ("dpo", "positive_only"),

@@ -33,6 +33,7 @@ _SCORE = re.compile(
   rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
 )
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
 _NUMBERED = re.compile(r"^[ \t]*[0-9]{1,3}[.)](?:[ \t]+|$)", re.MULTILINE)
 
 
@@ -196,8 +197,16 @@ def few_shot(demonstrations: list[str]) -> str:
 def split_tasks(completion: str, finished: bool) -> list[str]:
   """The raw tasks of a completion of `few_shot`: the open one, then those of its further numbered lines.
 
-  Without `finished` the length limit cut the completion, and its last task is left out. Empty ones are left out, too;
-  what makes a task a good one is asked in `filters`.
+  A task is one line, as in the demonstrations: a model that goes on below it writes answers or a dialogue. Where the
+  line ends in a colon, what it announces belongs to it, up to a blank line. Without `finished` the length limit cut the
+  completion, and its last task is left out. Empty ones are left out, too; what makes a task a good one is asked in
+  `filters`.
   """
   tasks = _NUMBERED.split(completion)
-  return [task.strip() for task in (tasks if finished else tasks[:-1]) if task.strip()]
+  return [_one_task(task.strip()) for task in (tasks if finished else tasks[:-1]) if task.strip()]
+
+
+def _one_task(text: str) -> str:
+  """The task that a stripped text begins with."""
+  first = text.split("\n", 1)[0].rstrip()
+  return _BLANK_LINE.split(text, 1)[0].rstrip() if first.endswith(":") else first

@@ -46,7 +46,7 @@ JUDGED_AS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """How much of everything. The pretraining text is about 2 million tokens, 1,200 steps of 16 rows of 112."""
+  """How much of everything. The pretraining text is about 2 million tokens."""
 
   member_lists: int = 6000
   task_lists: int = 8000
@@ -250,22 +250,26 @@ def _json_lines(items: Sequence[dict[str, Any]]) -> str:
   return "".join(json.dumps(item) + "\n" for item in items)
 
 
-def write_world(folder: epath.PathLike, seed: int = 0, sizes: Sizes = Sizes()) -> dict[str, Any]:
+def write_world(
+  folder: epath.PathLike, seed: int = 0, sizes: Sizes = Sizes(), rubric: str = "judge_tiny"
+) -> dict[str, Any]:
   """Writes all files of the world into `folder` (made where missing); the same seed and sizes give the same bytes.
+
+  The world's people judge by the rubric of that name or path, scores 0 to 5; it should be as short as "judge_tiny".
 
   Returns facts for the report: how many lines each file has, the vocabulary's size, and how good the IFT answers are.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  rubric = templates.load_rubric("judge_tiny")
+  form = templates.load_rubric(rubric)
   streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(5)]
-  text = pretraining(streams[0], sizes, rubric)
+  text = pretraining(streams[0], sizes, form)
   (folder / "pretrain.jsonl").write_text(_json_lines(text))
   (folder / "tokenizer.model").write_bytes(train_tokenizer([value for line in text for value in line.values()]))
   trees = training_trees(streams[1], sizes)
   (folder / "trees.jsonl").write_text(_json_lines(trees))
   (folder / "heldout_trees.jsonl").write_text(_json_lines(heldout_trees(streams[2], sizes)))
-  (folder / "judgements.jsonl").write_text(records.dumps(judgements(streams[3], sizes, rubric)))
+  (folder / "judgements.jsonl").write_text(records.dumps(judgements(streams[3], sizes, form)))
   prompts = _distinct(streams[4], HELDOUT, sizes.heldout_prompts)
   (folder / "heldout_prompts.jsonl").write_text(
     records.dumps(

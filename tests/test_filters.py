@@ -70,10 +70,10 @@ def test_blacklist_looks_alike_but_is_not() -> None:
   assert filters.reject_reason("How do I go \n to the park?") == "blacklisted"
 
 
-def test_alpacas_additions_are_optional() -> None:
+def test_the_blacklist_can_be_another() -> None:
   task = "Recommend some music for running"
   assert filters.reject_reason(task) is None
-  assert filters.reject_reason(task, filters.TaskRules(blacklist=filters.ALPACA_BLACKLIST)) == "blacklisted"
+  assert filters.reject_reason(task, filters.TaskRules(blacklist=("music",))) == "blacklisted"
   assert filters.reject_reason("Draw me a small bird", filters.TaskRules(blacklist=())) is None
   assert filters.reject_reason("Explain C++ to a child", filters.TaskRules(blacklist=("c++",))) == "blacklisted"
 

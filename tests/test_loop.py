@@ -76,7 +76,7 @@ def outcome(workdir):
     found[model, "metrics"] = [
       json.loads(line) for line in (workdir / model / "metrics.jsonl").read_text().splitlines()
     ]
-  for manifest in workdir.glob("**/manifest.json"):
+  for manifest in pathlib.Path(workdir).rglob("manifest.json"):
     found[str(manifest.parent.relative_to(workdir))] = json.loads(manifest.read_text())["digest"]
   return found
 

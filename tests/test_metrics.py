@@ -107,7 +107,7 @@ def test_canary_unreadable_judge_is_counted_and_not_scored() -> None:
   result = metrics.reward_model_metrics([[0, 1], [0, 1, 2]], [[None, None], [None, 4, 2]])
   assert result["unreadable"].value == pytest.approx(3 / 5) and result["unreadable"].count == 5
   assert result["pairwise"].value == 1 and result["pairwise"].count == 1
-  assert result["exact_match"].count == 1 and result["exact_match"].left_out == 1
+  assert result["exact_match"].count == 2 and result["exact_match"].value == 0  # No whole ordering was given.
   assert result["spearman"].count == 1 and result["spearman"].left_out == 1
   # One prompt alone shows no spread.
   assert result["pairwise"].low is None and result["pairwise"].high is None

@@ -1,13 +1,15 @@
 """base: M0, from Hugging Face weights, from scratch on a world's text, or random (for trials)."""
 
 import dataclasses
-import json
+import logging
 
 from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, batching, chat, checkpoint, convert, finetune, llama, modelstore, tokenizer
+from srlm_jax import artifacts, batching, chat, checkpoint, convert, finetune, llama, modelstore, records, tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def _fresh_config(settings: config_dict.ConfigDict, words: tokenizer.Tokenizer) -> llama.LlamaConfig:
@@ -24,17 +26,21 @@ def _fresh_config(settings: config_dict.ConfigDict, words: tokenizer.Tokenizer) 
   )
 
 
-def _documents(path: epath.Path, words: tokenizer.Tokenizer, kind: str) -> list[batching.Example]:
-  """Pretraining documents: plain {"text"}, or {"prompt", "response"} in the chat template; every token is a target."""
-  examples = []
-  for line in path.read_text().splitlines():
-    fields = json.loads(line)
-    if "text" in fields:
-      tokens = [words.bos_id, *words.encode(fields["text"]), words.eos_id]
+def _documents(
+  path: epath.Path, words: tokenizer.Tokenizer, kind: str, longest: int
+) -> tuple[list[batching.Example], int]:
+  """Pretraining documents as tokens, every one a target, and how many were too long and left out."""
+  examples, too_long = [], 0
+  for one in records.read(path, records.Document):
+    if one.text is not None:
+      tokens = [words.bos_id, *words.encode(one.text), words.eos_id]
     else:
-      tokens = [*chat.chat_tokens(words, fields["prompt"], kind), *words.encode(fields["response"]), words.eos_id]
-    examples.append(batching.Example(tuple(tokens), 1))
-  return examples
+      tokens = [*chat.chat_tokens(words, one.prompt or "", kind), *words.encode(one.response or ""), words.eos_id]
+    if len(tokens) > longest:
+      too_long += 1
+    else:
+      examples.append(batching.Example(tuple(tokens), 1))
+  return examples, too_long
 
 
 def run(
@@ -55,7 +61,9 @@ def run(
     model = checkpoint.init_model(_fresh_config(settings, words), mesh, settings.seed)
   facts: dict[str, object] = {"kind": kind}
   if kind == "pretrain":
-    examples = _documents(where["pretrain"], words, settings.chat)
+    longest = settings.model.max_length
+    examples, too_long = _documents(where["pretrain"], words, settings.chat, longest)
+    logger.info("%s: %d documents, %d longer than %d tokens left out", out.folder, len(examples), too_long, longest)
     model, sizes = finetune.fit(out, model.config, lambda: model, examples, settings.pretrain, settings, mesh)
-    facts |= {"documents": len(examples), **sizes}
+    facts |= {"documents": len(examples), "documents left out, too long": too_long, **sizes}
   modelstore.save(out, model, words, facts)

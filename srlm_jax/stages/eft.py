@@ -83,7 +83,7 @@ def _from_baseline(
   judgements = out.read_shards("judgements", records.Judgement)
   judged = [one for item, judgement in zip(replies, judgements, strict=True) for one in _attempts(*item, judgement)]
   unreadable = sum(one.score is None for one in judged)
-  accepted, accept_counts = eft.accept(judged, by=section.by)
+  accepted, accept_counts = eft.accept(judged, by=section.by, ties=section.ties)
   kept, thin_counts = eft.thin(accepted, section.max_share, settings.seed)
   counts = {"judgements written": len(judged), "judgements unreadable": unreadable, **accept_counts}
   return eft.to_examples(kept, judging.rubric.fill), counts | {

@@ -1,5 +1,6 @@
 """seed: IFT, ranked replies for EFT, and evaluation prompts from Open Assistant trees (paper §3.1.1)."""
 
+from collections import Counter
 import logging
 
 from etils import epath
@@ -10,29 +11,38 @@ from srlm_jax import artifacts, eft, oasst, records
 logger = logging.getLogger(__name__)
 
 
+def _prompts(path: epath.Path) -> tuple[records.Prompt, ...]:
+  """The evaluation prompts of a file; ValueError where two have one id."""
+  prompts = tuple(records.read(path, records.Prompt))
+  twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
+  if twice:
+    raise ValueError(f"{path}: the prompt id {twice[0]!r} occurs more than once: give every prompt an id of its own.")
+  return prompts
+
+
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[str, epath.Path]) -> None:
   """Reads `where["trees"]` (and "heldout_trees", "eval_prompts" where given) and writes the divided seed data."""
   data = settings.data
   trees, read_counts = oasst.read_trees(where["trees"])
-  heldout = oasst.read_trees(where["heldout_trees"])[0] if where["heldout_trees"] else None
+  heldout, heldout_counts = oasst.read_trees(where["heldout_trees"]) if where["heldout_trees"] else (None, {})
   split = oasst.split(
     trees,
     ift_examples=data.ift_examples,
-    eft_fraction=data.eft_fraction if settings.eft.enabled or not heldout else 0.0,
+    eft_fraction=data.eft_fraction,  # Without EFT too, so that the compared models learn from the same IFT.
     heldout_fraction=data.heldout_fraction,
-    eval_prompts=data.eval_prompts_count,
+    eval_prompts=0 if where["eval_prompts"] else data.eval_prompts_count,
     overlap=data.overlap,
     seed=settings.seed,
     heldout_trees=heldout,
   )
   prompts = split.eval_prompts
   if where["eval_prompts"]:
-    prompts = tuple(records.read(where["eval_prompts"], records.Prompt))[: data.eval_prompts_count]
+    prompts = _prompts(where["eval_prompts"])[: data.eval_prompts_count]
   heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
   eft.no_overlap([ranked.prompt for ranked in split.ranked_train], heldout_texts)
   if not data.overlap:
     eft.no_overlap([example.prompt for example in split.ift], heldout_texts)
-  counts = {**read_counts, **split.counts}
+  counts = {**read_counts, **{f"held out: {name}": n for name, n in heldout_counts.items()}, **split.counts}
   for reason, count in sorted(counts.items()):
     logger.info("seed: %s: %d", reason, count)
   out.write_records("ift.jsonl", split.ift)

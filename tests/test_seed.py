@@ -1,0 +1,81 @@
+"""The seed stage: what it refuses, and that the compared models learn from the same IFT."""
+
+import importlib.util
+import pathlib
+
+from etils import epath
+import pytest
+
+from srlm_jax import artifacts, records, world_files
+from srlm_jax.stages import base, seed, world
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def smoke():
+  spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config("smoke")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  folder = epath.Path(tmp_path_factory.mktemp("world"))
+  sizes = world_files.Sizes(50, 50, 50, 50, 0.5, 60, 40, 20, (3, 4), 50, 40, 20)
+  world_files.write_world(folder, 0, sizes)
+  return folder
+
+
+def run(settings, files, folder, **changes):
+  names = ("trees", "heldout_trees", "eval_prompts")
+  where = {
+    **{name: files / f"{name}.jsonl" for name in names},
+    "eval_prompts": files / "heldout_prompts.jsonl",
+    **changes,
+  }
+  out = artifacts.Artifact(epath.Path(folder), {}, {})
+  out.begin()
+  seed.run(out, settings, where)
+  return out
+
+
+def test_without_eft_ift_is_the_same(smoke, files, tmp_path):
+  one = run(smoke, files, tmp_path / "one")
+  smoke.eft.enabled = False
+  two = run(smoke, files, tmp_path / "two")
+  smoke.eft.enabled = True
+  assert one.read_text("ift.jsonl") == two.read_text("ift.jsonl")
+
+
+def test_given_evaluation_prompts_take_no_trees(smoke, files, tmp_path):
+  counts = run(smoke, files, tmp_path / "run").manifest()["facts"]["counts"]
+  assert not counts.get("eval/kept") and counts["held out: trees"] == 20
+
+
+def test_prompt_ids_must_differ(smoke, files, tmp_path):
+  both = [records.Prompt(id="x", text=text, source="mine") for text in ("Say 1.", "Say 2.")]
+  (tmp_path / "mine.jsonl").write_text(records.dumps(both))
+  with pytest.raises(ValueError, match="mine.jsonl: the prompt id 'x' occurs more than once"):
+    run(smoke, files, tmp_path / "run", eval_prompts=epath.Path(tmp_path / "mine.jsonl"))
+
+
+def test_a_misspelt_size_of_the_world_is_refused(smoke, tmp_path):
+  smoke = smoke.copy_and_resolve_references()
+  smoke.world = dict(enabled=True, ift_tree=5)
+  with pytest.raises(ValueError, match="'ift_tree' is not a size of the world .* Did you mean 'ift_trees'?"):
+    world.run(artifacts.Artifact(epath.Path(tmp_path), {}, {}), smoke)
+
+
+def test_pretraining_documents(files, tmp_path):
+  words = base.tokenizer.load(files / "tokenizer.model")
+  path = epath.Path(tmp_path / "some.jsonl")
+  path.write_text(
+    '{"text": "crow\u2028owl"}\n\n{"prompt": "say owl", "response": "owl"}\n{"text": "' + "owl " * 99 + '"}\n'
+  )
+  examples, too_long = base._documents(path, words, "llama2", 64)
+  assert (len(examples), too_long) == (2, 1)
+  path.write_text('{"text": "crow"}\n{"prompt": "say owl"}\n')
+  with pytest.raises(ValueError, match='some.jsonl, line 2: not a Document: .*give either "text" or both'):
+    base._documents(path, words, "llama2", 64)
