@@ -27,7 +27,7 @@ DEFINITIONS = (
   "the strict variant counts a tie as wrong. 5-best: of the replies with the full score, the share that people ranked "
   "first. Exact match: prompts whose every pair is ordered as people did. Spearman and Kendall τ-b: mean over prompts; "
   "those where all scores are equal have none and are left out (last line). Replies without a readable judgement are "
-  "left out of their prompt. Brackets: 95 % bootstrap interval over prompts."
+  "left out of their prompt and break its exact match. Brackets: 95 % bootstrap interval over prompts."
 )
 TRUTH: dict[str, tuple[str, int | None]] = {
   "score": ("oracle, of 5", 2),
@@ -178,7 +178,10 @@ def _duel_claim(lower: str, upper: str, measured: Measured) -> tuple[Cell, ...] 
 def _length_claim(lower: str, upper: str, measured: Measured) -> tuple[Cell, ...]:
   before, after = (measured[name]["characters"]["mean"] for name in (lower, upper))
   theirs = _arrow([tables.number(paper.CHARACTERS.get(name)) for name in (lower, upper)])
-  verdict = f"{'yes' if after > before else 'no'}, × {after / before:.2f}" if before and after else "not measured"
+  verdict = "not measured"
+  if before and after:
+    growth = after / before
+    verdict = f"{'about the same' if abs(growth - 1) < 0.02 else 'yes' if growth > 1 else 'no'}, × {growth:.2f}"
   here = _arrow([tables.number(before, 1), tables.number(after, 1)])
   return tables.row(f"{label(upper)}'s answers are longer than {label(lower)}'s (characters)", here, theirs, verdict)
 

@@ -322,9 +322,3 @@ class Llama(nnx.Module):
     table_VD = mesh.constrain(self.embedding[...], ("vocab", "features"))
     x_BTD = table_VD.at[tokens_BT].get(mode="clip").astype(self.config.dtype)
     return mesh.constrain(x_BTD, ("batch", "length", "features"))
-
-
-def parameter_count(config: LlamaConfig) -> int:
-  """How many parameters a model of these sizes has; none is created."""
-  model = jax.eval_shape(lambda key: Llama(config, key), jax.random.key(0))
-  return sum(leaf.size for leaf in jax.tree.leaves(model))

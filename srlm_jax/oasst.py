@@ -19,8 +19,6 @@ import pydantic
 
 from srlm_jax.records import Prompt, RankedReplies, Reply, SFTExample
 
-# Paper: 1,630 + 541 judgements at about 2.85 replies a prompt are 762 prompts, beside 3,200 that are used for IFT.
-
 
 class _Node(pydantic.BaseModel):
   """The fields that we read of a message. A foreign format: what else it holds is ignored."""
@@ -237,7 +235,8 @@ def split(
   Args:
     trees: what `read_trees` returned.
     ift_examples: at most so many IFT examples.
-    eft_fraction: share of the trees with two or more replies that EFT gets, held-out ones included; 0 for no EFT.
+    eft_fraction: share of the trees with two or more replies that EFT gets, held-out ones included; 0 for no EFT. The
+      paper: 1,630 + 541 judgements at about 2.85 replies a prompt are 762 prompts, beside 3,200 that are used for IFT.
     heldout_fraction: share of the EFT trees that is held out.
     eval_prompts: at most so many evaluation prompts, and never more than a tenth of the trees.
     overlap: for samples too small to divide. IFT is taken from all trees and EFT from all with two or more replies

@@ -33,7 +33,10 @@ _SCORE = re.compile(
   rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
 )
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
-_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
+# Where a task of several lines ends: at a blank line, or where somebody speaks or answers, in markdown or without.
+_TASK_END = re.compile(
+  r"\n[ \t*#]*(?:[\r\n]|(?:user|human|assistant|ai|response|answer|output|input|solution)[ \t*]*:)", re.IGNORECASE
+)
 _NUMBERED = re.compile(r"^[ \t]*[0-9]{1,3}[.)](?:[ \t]+|$)", re.MULTILINE)
 
 
@@ -194,19 +197,24 @@ def few_shot(demonstrations: list[str]) -> str:
   return _fill(text, {"tasks": "\n".join([*numbered, f"{len(demonstrations) + 1}."])})
 
 
-def split_tasks(completion: str, finished: bool) -> list[str]:
+def split_tasks(completion: str, finished: bool) -> tuple[list[str], int]:
   """The raw tasks of a completion of `few_shot`: the open one, then those of its further numbered lines.
 
   A task is one line, as in the demonstrations: a model that goes on below it writes answers or a dialogue. Where the
-  line ends in a colon, what it announces belongs to it, up to a blank line. Without `finished` the length limit cut the
-  completion, and its last task is left out. Empty ones are left out, too; what makes a task a good one is asked in
-  `filters`.
+  line ends in a colon, what it announces (a text, some code) belongs to it, up to a blank line or a line such as
+  "User: …", "Answer: …" or "Output: …". Without `finished` the length limit cut the completion, and its last task is
+  left out. Empty ones are left out, too; what makes a task a good one is asked in `filters`.
+
+  Returns:
+    The tasks, and how many of them lost what stood below them.
   """
-  tasks = _NUMBERED.split(completion)
-  return [_one_task(task.strip()) for task in (tasks if finished else tasks[:-1]) if task.strip()]
+  pieces = _NUMBERED.split(completion)
+  whole = [piece.strip() for piece in (pieces if finished else pieces[:-1]) if piece.strip()]
+  tasks = [_one_task(text) for text in whole]
+  return tasks, sum(task != text for task, text in zip(tasks, whole, strict=True))
 
 
 def _one_task(text: str) -> str:
   """The task that a stripped text begins with."""
   first = text.split("\n", 1)[0].rstrip()
-  return _BLANK_LINE.split(text, 1)[0].rstrip() if first.endswith(":") else first
+  return _TASK_END.split(text, maxsplit=1)[0].rstrip() if first.endswith(":") else first

@@ -61,7 +61,6 @@ class Tokenizer:
   Attributes:
     vocab_size: number of ids, special ones included; a model's embedding may have more rows.
     bos_id, eos_id: begin and end of a sequence.
-    pad_id: fills up rows where masks hide it; some other token's id where the vocabulary has no padding.
     special_ids: ids that untrusted text never encodes to and that `decode` skips.
     files: name -> content of the files that it was made of.
     adds_space: whether encoding puts a space before the text.
@@ -72,7 +71,6 @@ class Tokenizer:
   vocab_size: int
   bos_id: int
   eos_id: int
-  pad_id: int
   special_ids: frozenset[int]
   files: Mapping[str, bytes]
   adds_space: bool
@@ -179,7 +177,6 @@ def _sentencepiece(content: bytes, path: epath.Path) -> Tokenizer:
     vocab_size=size,
     bos_id=model.bos_id(),
     eos_id=model.eos_id(),
-    pad_id=model.pad_id() if model.pad_id() >= 0 else max(model.unk_id(), 0),
     special_ids=frozenset(i for i in range(size) if model.is_control(i)),
     files={SENTENCEPIECE_FILE: content},
     adds_space=model.encode("a", out_type=str)[0].startswith("▁"),
@@ -218,7 +215,6 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   _check_huggingface(words, pieces, path)
   special = _special_ids(words)
   whole = pieces if pieces and _is_whole(pieces, words, special) else None
-  fill = (words.pad_token_id, words.unk_token_id, words.eos_token_id)
 
   def encode(texts: Sequence[str]) -> Batch:
     if whole:
@@ -239,7 +235,6 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
     vocab_size=len(words),
     bos_id=words.bos_token_id,
     eos_id=words.eos_token_id,
-    pad_id=next(i for i in fill if i is not None),
     special_ids=special,
     files=files,
     adds_space=words.convert_ids_to_tokens(encode(["a"])[0])[0].startswith("▁"),

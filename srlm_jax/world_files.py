@@ -5,7 +5,7 @@
 | pretrain.jsonl | the text of the base model M0: `{"text"}` documents and `{"prompt", "response"}` forum exchanges |
 | tokenizer.model | its SentencePiece tokenizer |
 | trees.jsonl, heldout_trees.jsonl | Open Assistant trees: human replies, ranked |
-| judgements.jsonl | EFT examples that annotators wrote, scores balanced |
+| judgements.jsonl | EFT examples that annotators wrote by the rubric, scores balanced |
 | heldout_prompts.jsonl | instructions to evaluate on |
 
 Instructions are shared out by the hash of their text: a fifth is held out, and of the rest half is answered in IFT and
@@ -118,7 +118,7 @@ def pretraining(rng: np.random.Generator, sizes: Sizes, rubric: templates.Rubric
   for _ in range(sizes.forum_judgements):
     text = _draw(rng, TRAINING)
     response = _answer(rng, text, _someone(rng))
-    verdict = world_judges.noisy_judgement(text, response, rng, sizes.noise)
+    verdict = world_judges.noisy_judgement(text, response, rng, sizes.noise, int(rubric.low))
     lines.append({"prompt": rubric.fill(text, response), "response": verdict})
   return [lines[place] for place in rng.permutation(len(lines))]
 
@@ -227,21 +227,24 @@ def heldout_trees(rng: np.random.Generator, sizes: Sizes) -> list[dict[str, Any]
 
 
 def judgements(rng: np.random.Generator, sizes: Sizes, rubric: templates.Rubric) -> Iterator[records.SFTExample]:
-  """EFT examples that annotators wrote, as many of each score 0 … 5."""
+  """EFT examples that annotators wrote, as many of each score that the rubric has."""
+  low = int(rubric.low)
   pool = [_draw(rng, EFT) for _ in range(sizes.judged_instructions)]
   for number in range(sizes.judgements):
-    score = number % 6
-    profile = world.pick(rng, JUDGED_AS[score])
+    score = low + number % (6 - low)
+    # The lowest category is also that of every response that would have earned less.
+    writers = JUDGED_AS[score] if score > low else sum((JUDGED_AS[less] for less in range(low + 1)), ())
+    profile = world.pick(rng, writers)
     while True:
       text = pool[int(rng.random() * len(pool))]
       response = _answer(rng, text, profile)
-      if world.oracle(text, response) == score:
+      if max(world.oracle(text, response), low) == score:
         break
     yield records.SFTExample(
       id=f"judgement-{number}",
       kind="eft",
       prompt=rubric.fill(text, response),
-      response=world_judges.judgement(text, response),
+      response=world_judges.judgement(text, response, low),
     )
 
 
@@ -253,15 +256,21 @@ def _json_lines(items: Sequence[dict[str, Any]]) -> str:
 def write_world(
   folder: epath.PathLike, seed: int = 0, sizes: Sizes = Sizes(), rubric: str = "judge_tiny"
 ) -> dict[str, Any]:
-  """Writes all files of the world into `folder` (made where missing); the same seed and sizes give the same bytes.
+  """Writes all files of the world into `folder` (made where missing); the same arguments give the same bytes.
 
-  The world's people judge by the rubric of that name or path, scores 0 to 5; it should be as short as "judge_tiny".
+  The world's people judge by the rubric of that name or path: points that add up where its scores are 0 to 5, one of
+  five categories where they are 1 to 5. ValueError for another range.
 
   Returns facts for the report: how many lines each file has, the vocabulary's size, and how good the IFT answers are.
   """
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   form = templates.load_rubric(rubric)
+  if (form.low, form.high) not in ((0, 5), (1, 5)):
+    raise ValueError(
+      f"judge.rubric={rubric} has scores {form.low:g} to {form.high:g}, but the tiny world's people give 0 to 5 or "
+      "1 to 5: write one of these as its range, or take judge_tiny or judge_tiny_five_bucket."
+    )
   streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(5)]
   text = pretraining(streams[0], sizes, form)
   (folder / "pretrain.jsonl").write_text(_json_lines(text))

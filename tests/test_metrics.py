@@ -131,6 +131,13 @@ def test_pairs_that_people_tied_are_skipped() -> None:
   assert result["five_best"].value == 1
 
 
+def test_exact_match_is_broken_by_an_unreadable_reply() -> None:
+  # Of three prompts that people ordered one is whole; in the second the pairs left are right; the fourth has no order.
+  ranks, scores = [[0, 1, 2], [0, 1, 2], [0, 1], [1, 1]], [[5, 4, 1], [5, None, 1], [None, None], [3, 2]]
+  exact = metrics.reward_model_metrics(ranks, scores)["exact_match"]
+  assert (exact.value, exact.count, exact.left_out) == (pytest.approx(1 / 3), 3, 1)
+
+
 def test_exact_match_is_broken_by_a_tie_and_by_one_wrong_pair() -> None:
   result = metrics.reward_model_metrics([[0, 1, 2]] * 3, [[5, 3, 1], [5, 3, 3], [3, 5, 1]])
   assert result["exact_match"].value == pytest.approx(1 / 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import config, records, rollout, sampling, templates
+from srlm_jax import config, generator, metrics, records, rollout, sampling, templates
 
 RUBRIC = templates.load_rubric("judge_tiny")
 HOW = sampling.Sampling(temperature=1.0, top_p=1.0, max_new=40)
@@ -169,3 +169,16 @@ def test_an_expected_score_is_the_digits_weighted_mean(real: rollout.Speaker) ->
   weights = probs[digits] / probs[digits].sum()
   assert found.score == pytest.approx(weights @ np.arange(6), abs=1e-4)
   assert len(found.votes) == 1 and weights.max() < 0.99
+
+
+@pytest.mark.parametrize(("digit", "score"), [(0, 0.0), (5, 5.0)])
+def test_an_expected_score_stays_on_the_scale(
+  real: rollout.Speaker, monkeypatch: pytest.MonkeyPatch, digit: int, score: float
+) -> None:
+  probs = np.eye(6, dtype=np.float32)[digit] * np.float32(1.0000001)  # As float32's rounding leaves them.
+  monkeypatch.setattr(
+    generator.Generator, "option_probs", lambda self, requests, options: [(one, probs) for one in requests]
+  )
+  (found,) = rollout.judge(real, [candidate("A crow.")], judging(method="expected"))
+  assert found.score == score
+  assert metrics.histogram([found.score], 0, 5).counts[digit] == 1

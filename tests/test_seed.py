@@ -68,6 +68,13 @@ def test_a_misspelt_size_of_the_world_is_refused(smoke, tmp_path):
     world.run(artifacts.Artifact(epath.Path(tmp_path), {}, {}), smoke)
 
 
+def test_a_judge_prompt_without_room_for_a_response_is_refused(smoke, tmp_path):
+  smoke = smoke.copy_and_resolve_references()
+  smoke.judge.rubric = "judge_five_bucket"
+  with pytest.raises(ValueError, match="judge.rubric=judge_five_bucket is .* leaves 128 for it and a response"):
+    world.run(artifacts.Artifact(epath.Path(tmp_path), {}, {}), smoke)
+
+
 def test_pretraining_documents(files, tmp_path):
   words = base.tokenizer.load(files / "tokenizer.model")
   path = epath.Path(tmp_path / "some.jsonl")

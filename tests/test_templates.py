@@ -153,7 +153,9 @@ def test_fill_is_one_pass() -> None:
   assert rubric.fill("{response} \\1", "{instruction}") == "{response} \\1|{instruction}|{other}|{}|\\1"
 
 
-@pytest.mark.parametrize("name, low", [("judge_additive", 0), ("judge_five_bucket", 1), ("judge_tiny", 0)])
+@pytest.mark.parametrize(
+  "name, low", [("judge_additive", 0), ("judge_five_bucket", 1), ("judge_tiny", 0), ("judge_tiny_five_bucket", 1)]
+)
 def test_rubrics_of_the_package(name: str, low: float) -> None:
   rubric = templates.load_rubric(name)
   assert (rubric.low, rubric.high) == (low, 5)
@@ -161,7 +163,7 @@ def test_rubrics_of_the_package(name: str, low: float) -> None:
   assert "# range" not in rubric.text and rubric.text == rubric.text.strip()
   assert "User: {instruction}\n" in rubric.text
   assert "<response>" in rubric.text and "{response}</response>" in rubric.text
-  if name != "judge_tiny":
+  if "tiny" not in name:
     assert "at most 100 words" in rubric.text and rubric.text.endswith("\nScore: <total points>")
 
 
@@ -253,4 +255,11 @@ def test_few_shot() -> None:
   ],
 )  # fmt: skip
 def test_split_tasks(completion: str, finished: bool, tasks: list[str]) -> None:
-  assert templates.split_tasks(completion, finished) == tasks
+  assert templates.split_tasks(completion, finished)[0] == tasks
+
+
+@pytest.mark.parametrize("answer", ["User: thanks", "  assistant: a, b", "**Answer:** a, b", "### Response:\na, b"])
+def test_an_answer_is_no_part_of_a_task(answer: str) -> None:
+  code = "Mend this code:\ndef f(x):\n    return x +"
+  assert templates.split_tasks(f" {code}\n{answer}\n10. Say owl.", True) == ([code, "Say owl."], 1)
+  assert templates.split_tasks(f" {code}\n10. Say owl.\n{answer}\n11. Sit.", True) == ([code, "Say owl.", "Sit."], 1)

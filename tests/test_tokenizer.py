@@ -90,8 +90,8 @@ def test_decode_gives_the_text_back_and_skips_special_ids(words: Tokenizer) -> N
   assert words.encode("") == words.encode_batch([]) == []
 
 
-def test_sizes_and_filler(words: Tokenizer) -> None:
-  ids = (words.bos_id, words.eos_id, words.pad_id)
+def test_sizes(words: Tokenizer) -> None:
+  ids = (words.bos_id, words.eos_id)
   assert all(0 <= i < words.vocab_size for i in ids) and words.bos_id != words.eos_id
   highest = max(max(ids) for ids in words.encode_batch(tokenizer_lib.GOLDEN_TEXTS))
   assert highest < words.vocab_size
@@ -188,7 +188,7 @@ def test_llama2_known_ids(real_path: pathlib.Path) -> None:
   started = time.perf_counter()
   words = tokenizer_lib.load(real_path)
   assert time.perf_counter() - started < 2  # About 0.05 s.
-  assert (words.vocab_size, words.bos_id, words.eos_id, words.pad_id) == (32000, 1, 2, 0)
+  assert (words.vocab_size, words.bos_id, words.eos_id) == (32000, 1, 2)
   assert words.special_ids == {1, 2}
   # Known from Meta's own code: "▁Hello" is 15043, "▁world" 3186.
   assert words.encode("Hello world") == [15043, 3186]

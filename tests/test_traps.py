@@ -151,7 +151,8 @@ def test_no_reference_model_is_in_memory_beside_its_log_probs(
 
   def train(**arguments: Any) -> llama.Llama:
     given.update(arguments)
-    return arguments["model"]
+    given["model"] = arguments["start"]()
+    return given["model"]
 
   monkeypatch.setattr(modelstore, "load", counted)
   monkeypatch.setattr(train_loop, "train", train)

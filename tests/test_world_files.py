@@ -143,6 +143,31 @@ def test_judgement_file(folder: pathlib.Path) -> None:
   assert collections.Counter(example.response[-1] for example in examples) == {str(score): 50 for score in range(6)}
 
 
+def test_the_worlds_people_judge_by_the_configured_rubric(tmp_path: pathlib.Path) -> None:
+  world_files.write_world(tmp_path, 3, SMALL, "judge_tiny_five_bucket")
+  examples = list(records.read(tmp_path / "judgements.jsonl", records.SFTExample))
+  first = templates.load_rubric("judge_tiny_five_bucket").text.split("\n")[0]
+  assert all(example.prompt.startswith(first) for example in examples)
+  assert collections.Counter(example.response[-1] for example in examples) == {str(score): 60 for score in range(1, 6)}
+  scores = [templates.parse_score(example.response, 1, 5) for example in examples]
+  assert all(reason == "" for _, reason in scores)
+  forum = [line for line in _lines(tmp_path / "pretrain.jsonl") if line.get("prompt", "").startswith(first)]
+  assert len(forum) == 200 and {line["response"][-1] for line in forum} == set("12345")
+  pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+  prompts = [len(pieces.encode(example.prompt)) for example in examples]
+  assert max(prompts) < 128 - 8  # What max_length less max_new of configs/tiny.py leaves, less the chat template.
+  for text in _texts(tmp_path):
+    ids = pieces.encode(text)
+    assert 0 not in ids and pieces.decode(ids) == text
+
+
+def test_a_rubric_of_another_range_is_refused(tmp_path: pathlib.Path) -> None:
+  rubric = tmp_path / "ten.txt"
+  rubric.write_text("# range: 1 10\n{instruction} {response}")
+  with pytest.raises(ValueError, match="ten.txt has scores 1 to 10, .* 0 to 5 or 1 to 5"):
+    world_files.write_world(tmp_path / "world", 3, SMALL, str(rubric))
+
+
 def test_task_lists_look_like_the_prompt_for_new_tasks(folder: pathlib.Path) -> None:
   lists = [line["text"] for line in _lines(folder / "pretrain.jsonl") if "\n9. " in line.get("text", "")]
   assert len(lists) == 100

@@ -62,6 +62,16 @@ def test_judgement_by_hand(response: str, check: str) -> None:
   assert world_judges.judgement(TWO, response) == check
 
 
+def test_categories_instead_of_points() -> None:
+  assert world_judges.judgement(TWO, "No idea.", low=1).endswith(" opening no. extra yes.\nScore: 1")
+  perfect = "Sure! birds: crow swan owl. numbers: 9 10 11 12."
+  verdict = world_judges.judgement(TWO, perfect, low=1)
+  assert verdict.endswith(" opening yes. extra no.\nScore: 5") and "points" not in verdict
+  rng = np.random.default_rng(0)
+  assert world_judges.noisy_judgement(TWO, perfect, rng, noise=0.0, low=1) == verdict
+  assert {world_judges.noisy_judgement(TWO, "No idea.", rng, 0.9, 1)[-1] for _ in range(500)} <= set("12345")
+
+
 def test_noisy_judgements_are_imperfect_and_favour_four() -> None:
   writers, rng = np.random.default_rng(5), np.random.default_rng(8)
   texts = [world.instruction(writers) for _ in range(3000)]

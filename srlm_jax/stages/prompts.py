@@ -47,9 +47,10 @@ def _propose(
   tasks: list[str] = []
   for request in requests:
     completion = by_name[request.name]
-    found = templates.split_tasks(speaker.tokenizer.decode(completion.tokens), completion.finished)
+    found, cut = templates.split_tasks(speaker.tokenizer.decode(completion.tokens), completion.finished)
     counts["completions"] += 1
     counts["completions cut by the length limit"] += not completion.finished
+    counts["tasks cut to the instruction itself"] += cut
     tasks += found
   counts["tasks"] = len(tasks)
   return tasks, counts
