@@ -77,7 +77,8 @@ def outcome(workdir):
       json.loads(line) for line in (workdir / model / "metrics.jsonl").read_text().splitlines()
     ]
   for manifest in pathlib.Path(workdir).rglob("manifest.json"):
-    found[str(manifest.parent.relative_to(workdir))] = json.loads(manifest.read_text())["digest"]
+    if manifest.parent.name != "report":  # It holds the time of its making.
+      found[str(manifest.parent.relative_to(workdir))] = json.loads(manifest.read_text())["digest"]
   return found
 
 
