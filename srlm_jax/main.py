@@ -161,6 +161,9 @@ def main(argv: Sequence[str]) -> None:
     if _DEBUG.value:
       raise
     sys.exit(f"srlm {stage}: {error}")
+  except KeyboardInterrupt:
+    logger.info("srlm %s: interrupted; the same command goes on from here", stage)
+    sys.exit(130)
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
 
 

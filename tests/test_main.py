@@ -189,6 +189,17 @@ def test_a_run_stops_where_it_breaks_and_goes_on_from_there(run: Run, tmp_path: 
   assert run.ran[5:] == ["report"]  # Made anew at every call; the others are done.
 
 
+def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+  def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(main, "run_steps", interrupted)
+  with flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path), compilation_cache=""):
+    with pytest.raises(SystemExit) as stopped:
+      main.main(["srlm", "all"])
+  assert stopped.value.code == 130
+
+
 def test_one_stage_alone(run: Run, tmp_path: pathlib.Path) -> None:
   place = epath.Path(tmp_path)
   with pytest.raises(ValueError, match=r"/a is not finished .*run its stage first"):
