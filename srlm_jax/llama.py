@@ -7,16 +7,14 @@ dimension and scanned, so that compile time does not grow with them.
 
 import dataclasses
 import functools
-import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import mesh
+from srlm_jax import attention, mesh
 
-MASKED = -1e30  # Finite, so that a row of padding, which sees nothing, gives no NaN.
 REMAT = ("none", "full", "minimal")
 
 
@@ -37,7 +35,7 @@ class LlamaConfig:
   `dtype` is that of activations and matmuls, `param_dtype` that of the parameters; softmax, norms and logits are
   float32 always.  `dropout` falls on the embedding and on what each half of a layer adds.  `remat` says what the
   backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but matmuls with
-  weights).
+  weights).  `attention` is one of attention.KINDS.
   """
 
   vocab_size: int
@@ -56,6 +54,7 @@ class LlamaConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "xla"
 
   def __post_init__(self) -> None:
     if self.heads % self.kv_heads:
@@ -66,6 +65,8 @@ class LlamaConfig:
       raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1.")
     if self.remat not in REMAT:
       raise ValueError(f"remat={self.remat!r} must be one of {REMAT}.")
+    if self.attention not in attention.KINDS:
+      raise ValueError(f"attention={self.attention!r} must be one of {attention.KINDS}.")
 
 
 _large = functools.partial(LlamaConfig, vocab_size=32000, head_dim=128, max_length=4096, dtype="bfloat16", remat="full")
@@ -146,25 +147,15 @@ def _rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
   return (x * scale_D[...].astype(jnp.float32)).astype(x_BTD.dtype)
 
 
+def _residual(x_BTD: jax.Array) -> jax.Array:
+  """What goes from layer to layer, its length divided over "tensor"; of one token there is nothing to divide."""
+  return mesh.constrain(x_BTD, ("batch", "residual" if x_BTD.shape[1] > 1 else "length", "features"))
+
+
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   if key is None or not rate:
     return x
   return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def _attend(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  """Softmax attention [B, T, K, G, H]; the G query heads share a kv head without a copy of it.
-
-  Products are written in the order that a matmul gives (batch dimensions first) and the group joins the queries (M):
-  XLA on CPU is half as fast for any other.
-  """
-  batch, length, kv_heads, groups, head_dim = q_BTKGH.shape
-  q = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
-  logits = jnp.einsum("bkmh,bkhs->bkms", q, k_BKHS, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
-  mask_BMS = jnp.tile(mask_BTS, (1, groups, 1))
-  weights = jax.nn.softmax(jnp.where(mask_BMS[:, None], logits, MASKED), axis=-1).astype(v_BKSH.dtype)
-  mixed = jnp.einsum("bkms,bksh->bkmh", weights, v_BKSH)
-  return mixed.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
 
 
 def _normal(key: jax.Array, config: LlamaConfig, axes: tuple[str, ...]) -> nnx.Param:
@@ -204,13 +195,14 @@ class Layers(nnx.Module):
   def project(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer's queries [B, T, K, G, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
     x = _rms_norm(x_BTD, self.attention_norm, self.config.norm_eps)
+    x = mesh.constrain(x, ("batch", "length", "features"))
     q_BTKGH = _rotate(jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype)), tables)
     k_BTKH = _rotate(jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype)), tables)
     v_BTKH = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
     return (
-      mesh.constrain(q_BTKGH, ("batch", "length", "kv_heads", "group", "head_dim")),
-      mesh.constrain(k_BTKH.transpose(0, 2, 3, 1), ("batch", "kv_heads", "head_dim", "length")),
-      mesh.constrain(v_BTKH.transpose(0, 2, 1, 3), ("batch", "kv_heads", "length", "head_dim")),
+      mesh.constrain(q_BTKGH, attention.QUERIES),
+      mesh.constrain(k_BTKH.transpose(0, 2, 3, 1), attention.KEYS),
+      mesh.constrain(v_BTKH.transpose(0, 2, 1, 3), attention.VALUES),
     )
 
   def finish(self, x_BTD: jax.Array, mixed_BTKGH: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -218,15 +210,20 @@ class Layers(nnx.Module):
     rate, dtype = self.config.dropout, x_BTD.dtype
     keys = (None, None) if key is None else jax.random.split(key)
     added = jnp.einsum("btkgh,kghd->btd", mixed_BTKGH, self.o[...].astype(dtype))
-    x_BTD = mesh.constrain(x_BTD + _dropout(added, rate, keys[0]), ("batch", "length", "features"))
+    x_BTD = _residual(x_BTD + _dropout(added, rate, keys[0]))
     x = _rms_norm(x_BTD, self.ffw_norm, self.config.norm_eps)
-    # All tokens in one dimension (N): XLA on CPU takes three times as long for the gradient of [B, T, D] matmuls.
-    x_ND = x.reshape(-1, x.shape[-1])
-    gate_NF = jnp.einsum("nd,df->nf", x_ND, self.gate[...].astype(dtype))
-    up_NF = jnp.einsum("nd,df->nf", x_ND, self.up[...].astype(dtype))
-    inner_NF = mesh.constrain(jax.nn.silu(gate_NF) * up_NF, ("batch", "ffw"))
-    added = jnp.einsum("nf,fd->nd", inner_NF, self.down[...].astype(dtype)).reshape(x.shape)
-    return mesh.constrain(x_BTD + _dropout(added, rate, keys[1]), ("batch", "length", "features"))
+    x = mesh.constrain(x, ("batch", "length", "features"))
+    # On one device all tokens in one dimension: XLA on CPU takes three times as long for the gradient of [B, T, D]
+    # matmuls. On several the batch must stay a dimension of its own, or the compiler gathers all tokens everywhere.
+    axes: mesh.Axes = ("batch", "length", "ffw")
+    shape = x.shape
+    if mesh.devices() == 1:
+      x, axes = x.reshape(-1, shape[-1]), ("batch", "ffw")
+    gate = jnp.einsum("...d,df->...f", x, self.gate[...].astype(dtype))
+    up = jnp.einsum("...d,df->...f", x, self.up[...].astype(dtype))
+    inner = mesh.constrain(jax.nn.silu(gate) * up, axes)
+    added = jnp.einsum("...f,fd->...d", inner, self.down[...].astype(dtype)).reshape(shape)
+    return _residual(x_BTD + _dropout(added, rate, keys[1]))
 
 
 class Llama(nnx.Module):
@@ -253,9 +250,6 @@ class Llama(nnx.Module):
       dropout_key: turns dropout on, if the config's rate is above 0.
     """
     config = self.config
-    index_T = jnp.arange(tokens_BT.shape[1])
-    mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
-    mask_BTS &= index_T[:, None] >= index_T[None, :]
     tables = _rope_tables(config, positions_BT)
     first_key = layer_keys = None
     if dropout_key is not None and config.dropout > 0:
@@ -265,7 +259,7 @@ class Llama(nnx.Module):
 
     def step(x_BTD: jax.Array, layer: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
       weights, key = layer
-      mixed_BTKGH = _attend(*weights.project(x_BTD, tables), mask_BTS)
+      mixed_BTKGH = attention.causal(config.attention, *weights.project(x_BTD, tables), segments_BT)
       return weights.finish(x_BTD, mixed_BTKGH, key), None
 
     if config.remat == "full":
@@ -302,7 +296,7 @@ class Llama(nnx.Module):
       # The whole cache is carried and one layer's new slots are written, so that nothing else of it is copied.
       keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, 0, 0, start))
       values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, 0, start, 0))
-      mixed_BTKGH = _attend(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
+      mixed_BTKGH = attention.xla(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
       return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None
 
     carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)
@@ -321,4 +315,4 @@ class Llama(nnx.Module):
     # Features gathered first, so that the look-up itself needs no more than a sum over the vocabulary's shards.
     table_VD = mesh.constrain(self.embedding[...], ("vocab", "features"))
     x_BTD = table_VD.at[tokens_BT].get(mode="clip").astype(self.config.dtype)
-    return mesh.constrain(x_BTD, ("batch", "length", "features"))
+    return _residual(mesh.constrain(x_BTD, ("batch", "length", "features")))

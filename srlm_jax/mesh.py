@@ -19,6 +19,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   # Activations.  Their features stay whole, so that "embed" below splits parameters alone.
   "batch": ("data", "fsdp"),
   "length": None,
+  "residual": "tensor",  # The length of what a layer hands to the next: stored for the backward pass in parts.
   "features": None,
   # Parameters.
   "layers": None,
@@ -144,3 +145,8 @@ def ways(axis: str) -> int:
   """Into how many pieces the mesh in use (`jax.set_mesh`) splits a dimension of this name; 1 without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else _ways(RULES[axis], mesh)
+
+
+def devices() -> int:
+  """How many devices the mesh in use (`jax.set_mesh`) has; 1 without a mesh."""
+  return jax.sharding.get_abstract_mesh().size or 1
