@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, K kv heads, G query heads per kv head, H hea
 """
 
 import math
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -70,7 +71,7 @@ def _cudnn(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: j
 def splash(
   q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array, interpret: bool = False
 ) -> jax.Array:
-  """Splash attention (a Pallas kernel of JAX): the [T, S] weights never exist. `interpret` runs it on a CPU, for tests."""
+  """Splash attention, a Pallas kernel of JAX: [T, S] weights never exist. `interpret` runs it on a CPU, for tests."""
   length, head_dim = q_BTKGH.shape[1], q_BTKGH.shape[-1]
 
   def one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
@@ -79,7 +80,7 @@ def splash(
     heads = (q / math.sqrt(head_dim)).astype(q.dtype).transpose(0, 2, 3, 1, 4)
     heads = heads.reshape(-1, kv_heads * groups, length, head_dim)
     ids = splash_attention.SegmentIds(segments, segments)
-    mixed = jax.vmap(kernel)(heads, k.transpose(0, 1, 3, 2), v, ids)
+    mixed: Any = jax.vmap(kernel)(heads, k.transpose(0, 1, 3, 2), v, ids)  # Residuals too, were they asked for.
     return mixed.reshape(-1, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
 
   mesh = jax.sharding.get_abstract_mesh()

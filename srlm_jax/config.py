@@ -32,6 +32,7 @@ def base() -> config_dict.ConfigDict:
     remat="full",
     max_length=2048,  # unstated; Llama 2's own limit is 4,096.
     logits_chunk=512,  # Sequence positions whose logits exist at once.
+    attention="auto",  # "splash" on TPU, "cudnn" on GPU, "xla" elsewhere: or one of these.
   )
   c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all devices that are left.
 
@@ -87,7 +88,11 @@ def base() -> config_dict.ConfigDict:
     sampling=_sampling(temperature=0.7, top_p=0.9, max_new=256),
   )
   c.pairs = dict(margin=0.0, min_pairs=1)  # chosen − rejected must exceed the margin; fewer pairs stop the run.
-  c.generation = dict(rows=64, shard=256)  # Rows decoded at once; prompts or responses in a shard file.
+  c.generation = dict(
+    rows=64,  # Decoded at once.
+    shard=256,  # Prompts or responses in a shard file.
+    mesh=dict(data=-1, fsdp=1, tensor=0),  # Of sampling: weights that stay where they are; tensor=0: as `mesh`.
+  )
 
   c.evaluate = dict(
     samples=1,  # unstated: answers to each prompt.

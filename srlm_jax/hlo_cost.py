@@ -1,8 +1,9 @@
-"""What a compiled TPU program costs: a walk over its optimised HLO that counts every loop's body as often as it runs.
+"""What a compiled TPU program costs: a walk over its optimised HLO that counts a loop's body as often as it runs.
 
-The compiler's own `cost_analysis` counts a scanned body once. Here FLOPs are those of the matrix products (TPU programs write
-them as convolutions), cycles the compiler's estimate of each fusion, bytes what each instruction moves to and from HBM,
-and network what one chip sends in each collective, by a ring. Pallas kernels carry no cost in the text: their callers add it.
+The compiler's own `cost_analysis` counts a scanned body once. Here FLOPs are those of matrix products (TPU programs
+write them as convolutions), cycles the compiler's estimates of fusions, bytes what each instruction moves to and from
+HBM, and network what one chip sends in each collective, by a ring. Pallas kernels carry no cost in the text: their
+callers add it.
 """
 
 from collections import Counter
@@ -17,7 +18,17 @@ BYTES = {
   **{"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1},
 }
 FREE = {
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all", "partition-id", "replica-id"),
+  *(
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "iota",
+    "after-all",
+    "partition-id",
+    "replica-id",
+  ),
   *("copy-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "opt-barrier"),
 }
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -27,7 +38,9 @@ _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = ")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)")
+_CALLED = re.compile(
+  r"\b(calls|body|condition|to_apply|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +188,12 @@ def _convolution_flops(op: Instruction, left: Instruction, right: Instruction) -
       return window[name][index] if name in window else (default, default)
 
     size, length, steps = right_dims[rhs.index(label)], left_dims[lhs.index(label)], dims[out.index(label)]
-    stride, low, spread, holes = field("stride", 1)[0], field("pad", 0)[0], field("rhs_dilate", 1)[0], field("lhs_dilate", 1)[0]
+    stride, low, spread, holes = (
+      field("stride", 1)[0],
+      field("pad", 0)[0],
+      field("rhs_dilate", 1)[0],
+      field("lhs_dilate", 1)[0],
+    )
     last = (length - 1) * holes
     places = (step * stride - low + tap * spread for step in range(steps) for tap in range(size))
     total *= sum(1 for place in places if 0 <= place <= last and place % holes == 0)
@@ -289,7 +307,7 @@ class _Walk:
     return 0.0
 
   def _traffic(self, op: Instruction, around: dict[str, Instruction]) -> tuple[float, float]:
-    """Bytes read from and written to HBM. Of a slice only the slice is read, of an update in place only that is written."""
+    """Bytes read from and written to HBM: of a slice only the slice, of an update in place only what is new."""
     sources = [around[name] for name in op.operands if name in around]
     if op.opcode == "copy-start":
       return sources[0].bytes, op.arrays[0].bytes if op.arrays[0].in_hbm else 0.0
@@ -306,8 +324,29 @@ class _Walk:
     read = 0.0
     for place, source in enumerate(sources):
       if source.bytes:
-        read += min(source.bytes, _used(order[place], inner)) if place in order else source.bytes
+        read += min(source.bytes, self._used(order[place], inner)) if place in order else source.bytes
     return read, _stored(op, inner)
+
+  def _used(self, source: Instruction, inner: dict[str, Instruction]) -> float:
+    """Bytes of a fusion's operand that it reads."""
+    total, whole = 0.0, source.arrays[0].bytes
+    for user in _users(source.name, inner):
+      if user.opcode in ("dynamic-slice", "slice", "gather"):
+        total += user.arrays[0].bytes
+      elif user.opcode == "fusion":
+        nested = self.computations[user.called("calls")[0]]
+        place = str(user.operands.index(_operand(user, source.name, inner)))
+        total += self._used(
+          next(one for one in nested.values() if one.opcode == "parameter" and one.inside == place), nested
+        )
+      elif user.opcode != "dynamic-update-slice" or not _reaches(user.operands[0], source.name, inner):
+        return whole
+    return total
+
+
+def _operand(fusion: Instruction, name: str, inner: dict[str, Instruction]) -> str:
+  """Which of a fusion's operands comes from an instruction, through bitcasts and the like."""
+  return next(one for one in fusion.operands if _reaches(one, name, inner))
 
 
 def _users(name: str, inner: dict[str, Instruction]) -> Iterator[Instruction]:
@@ -318,19 +357,6 @@ def _users(name: str, inner: dict[str, Instruction]) -> Iterator[Instruction]:
         yield from nested or [one]
       else:
         yield one
-
-
-def _used(parameter: Instruction, inner: dict[str, Instruction]) -> float:
-  """Bytes of a fusion's operand that it reads."""
-  total, whole = 0.0, parameter.arrays[0].bytes
-  for user in _users(parameter.name, inner):
-    if user.opcode in ("dynamic-slice", "slice", "gather"):
-      total += user.arrays[0].bytes
-    elif user.opcode == "dynamic-update-slice" and _reaches(user.operands[0], parameter.name, inner):
-      total += 0.0
-    else:
-      return whole
-  return total
 
 
 def _reaches(name: str, target: str, inner: dict[str, Instruction]) -> bool:

@@ -100,14 +100,18 @@ class Cache:
   cursor: jax.Array  # int32 scalar: the next slot to write.
 
 
+CACHE_KEYS: mesh.Axes = ("layers", *attention.KEYS)
+CACHE_VALUES: mesh.Axes = ("layers", *attention.VALUES)
+
+
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: jax.typing.DTypeLike | None = None) -> Cache:
   """An empty cache of `length` slots, by default in the model's compute dtype."""
   dtype = dtype or config.dtype
   keys = jnp.zeros((config.layers, batch, config.kv_heads, config.head_dim, length), dtype)
   values = jnp.zeros((config.layers, batch, config.kv_heads, length, config.head_dim), dtype)
   return Cache(
-    keys_LBKHS=mesh.constrain(keys, ("layers", "batch", "kv_heads", "head_dim", "length")),
-    values_LBKSH=mesh.constrain(values, ("layers", "batch", "kv_heads", "length", "head_dim")),
+    keys_LBKHS=mesh.constrain(keys, CACHE_KEYS),
+    values_LBKSH=mesh.constrain(values, CACHE_VALUES),
     valid_BS=mesh.constrain(jnp.zeros((batch, length), jnp.bool_), ("batch", "length")),
     cursor=jnp.zeros((), jnp.int32),
   )
@@ -268,6 +272,32 @@ class Llama(nnx.Module):
       step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     x_BTD, _ = jax.lax.scan(step, x_BTD, (self.layers, layer_keys))
     return _rms_norm(x_BTD, self.norm, config.norm_eps)
+
+  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
+    """Hidden states [B, T, D] of prompts, and a cache of T slots that holds them.
+
+    Args:
+      tokens_BT: int32 ids, padded on the right.
+      lengths_B: number of real tokens in each row.
+      dtype: of the cache.
+    """
+    batch, length = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    valid_BS = positions_BT < lengths_B[:, None]
+    tables = _rope_tables(self.config, positions_BT)
+
+    def step(x_BTD: jax.Array, weights: Layers) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+      q, k, v = weights.project(x_BTD, tables)
+      mixed_BTKGH = attention.causal(self.config.attention, q, k, v, valid_BS.astype(jnp.int32))
+      return weights.finish(x_BTD, mixed_BTKGH), (k.astype(dtype), v.astype(dtype))
+
+    x_BTD, (keys, values) = jax.lax.scan(step, self._embed(tokens_BT), self.layers)
+    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(
+      keys_LBKHS=mesh.constrain(keys, CACHE_KEYS),
+      values_LBKSH=mesh.constrain(values, CACHE_VALUES),
+      valid_BS=mesh.constrain(valid_BS, ("batch", "length")),
+      cursor=jnp.int32(length),
+    )
 
   def cached(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: Cache

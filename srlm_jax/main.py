@@ -7,6 +7,7 @@ One absl app: the stage is positional, the configuration a file with overrides.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import logging
 import pathlib
 import sys
@@ -17,7 +18,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, mesh as mesh_lib, modelstore, steps
+from srlm_jax import artifacts, convert, llama, mesh as mesh_lib, modelstore, plan, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -32,6 +33,11 @@ _OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to 
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "For plan: a slice such as v5p:4x4x4, or auto (auto:v5p): the smallest that holds the run."
+)
+_PROGRAMS = flags.DEFINE_list("programs", [], "For plan: only these of sft, dpo, reference, prefill, decode.")
+_JSON = flags.DEFINE_bool("json", False, "For plan: JSON instead of a table.")
 _CACHE = flags.DEFINE_string(
   "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
 )
@@ -43,6 +49,7 @@ def usage() -> str:
   rows = {
     "all": "every stage below, in order; what is done is skipped",
     "stages": "print the steps of this configuration and how far they are; do nothing",
+    "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
     **steps.STAGES,
   }
@@ -102,6 +109,24 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
     print(f"{step.folder:<20} {step.stage:<10} {how_far:<6} from {sources or 'nothing'}")
 
 
+def show_plan(settings: config_dict.ConfigDict) -> bool:
+  """Compiles the run's programs for --topology and prints what they cost; whether they fit."""
+  if not _TOPOLOGY.value:
+    raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
+  if settings.base.size not in llama.SIZES:
+    raise artifacts.unknown(settings.base.size, list(llama.SIZES), "model size")
+  how = settings.model
+  config = dataclasses.replace(
+    llama.SIZES[settings.base.size],
+    dtype=how.dtype,
+    param_dtype=how.param_dtype,
+    attention=modelstore.attention_kind(settings, "tpu"),
+    dropout=0.0,
+    remat="none",
+  )
+  return plan.run(settings, config, _TOPOLOGY.value, _PROGRAMS.value, _JSON.value)
+
+
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
   """Writes a model of the work directory, and its tokenizer, as a Hugging Face folder."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
@@ -136,19 +161,21 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
-  valid = ["all", "stages", "export", *steps.STAGES]
+  valid = ["all", "stages", "plan", "export", *steps.STAGES]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
   workdir = _absolute(_WORKDIR.value) if _WORKDIR.value else None
-  if workdir is None and stage != "stages":
+  if workdir is None and stage not in ("stages", "plan"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   started = time.monotonic()
   try:
+    if stage == "plan":
+      sys.exit(0 if show_plan(_CONFIG.value) else 1)
     if workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
     elif stage == "export":

@@ -5,11 +5,13 @@ to mesh axes.  "data" and "fsdp" split the batch, "fsdp" also the parameters, "t
 vocabulary.
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any, TypeVar
 
 from flax import nnx
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
@@ -33,25 +35,27 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(fsdp: int = -1, tensor: int = 1, data: int = 1) -> Mesh:
-  """A mesh ("data", "fsdp", "tensor") over all devices; one size may be -1: whatever is left.
+def make_mesh(fsdp: int = -1, tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh ("data", "fsdp", "tensor") over all devices, or the given ones; one size may be -1: whatever is left.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
   if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
     raise ValueError(f"mesh sizes {sizes}: each must be positive, and at most one of them -1 (whatever is left).")
-  if free and devices % known == 0:
-    sizes[free[0]] = devices // known
-  if math.prod(sizes.values()) != devices:
+  if free and count % known == 0:
+    sizes[free[0]] = count // known
+  if math.prod(sizes.values()) != count:
     raise ValueError(
-      f"mesh sizes {sizes} do not multiply to the {devices} devices: change data, fsdp or tensor, or set one to -1."
+      f"mesh sizes {sizes} do not multiply to the {count} devices: change data, fsdp or tensor, or set one to -1."
     )
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  # Neighbours on the network where they can be; an axis may take part of a dimension of the chips' torus.
+  placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -124,6 +128,13 @@ def shardings(tree: T, mesh: Mesh) -> T:
     return leaf.replace(NamedSharding(mesh, spec(axes)))
 
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def fitting(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """The partition of an array of this shape, of which dimensions that do not divide stay whole."""
+  return PartitionSpec(
+    *(part if size % _ways(part, mesh) == 0 else None for size, part in zip(shape, spec(axes), strict=True))
+  )
 
 
 def constrain(array: jax.Array, axes: Axes) -> jax.Array:

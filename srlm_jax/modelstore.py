@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, checkpoint, llama, rollout, tokenizer
+from srlm_jax import artifacts, attention, checkpoint, llama, rollout, tokenizer
 
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
@@ -43,7 +43,13 @@ def model_config(artifact: artifacts.Artifact, settings: config_dict.ConfigDict,
     dropout=how.dropout if train else 0.0,
     remat=how.remat if train else "none",
     dtype=how.dtype,
+    attention=attention_kind(settings, jax.default_backend()),
   )
+
+
+def attention_kind(settings: config_dict.ConfigDict, platform: str) -> str:
+  """The kind of attention that the configuration asks for, on a platform as `jax.Device.platform` names it."""
+  return attention.best_for(platform) if settings.model.attention == "auto" else settings.model.attention
 
 
 def load(

@@ -32,7 +32,7 @@ UNSTATED = (
 )
 MACHINE = (
   *("seed", "mesh.", "generation.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
-  *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk")),
+  *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
 )
 

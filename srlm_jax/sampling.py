@@ -65,6 +65,75 @@ def fan_out(cache: llama.Cache, samples: int, slots: int) -> llama.Cache:
   return llama.Cache(keys, values, widen(cache.valid_BS, 0, 1), cache.cursor)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+  """What decoding carries from token to token.
+
+  Attributes:
+    step: int32 scalar, tokens drawn so far.
+    logits_BV: float32, of the token to draw next.
+    cache: keys and values of prompts and continuations.
+    lengths_B: int32, tokens of each row's prompt.
+    done_B: bool, the row has ended.
+    tokens_BG: int32, the continuations, filled with the end token.
+    counts_B: int32, their lengths.
+  """
+
+  step: jax.Array
+  logits_BV: jax.Array
+  cache: llama.Cache
+  lengths_B: jax.Array
+  done_B: jax.Array
+  tokens_BG: jax.Array
+  counts_B: jax.Array
+
+
+def prefill(
+  model: llama.Llama,
+  prompts_RP: jax.Array,
+  lengths_R: jax.Array,
+  *,
+  samples: int,
+  longest: int,
+  eos_id: int,
+  dtype: jax.typing.DTypeLike,
+) -> State:
+  """The state before the first token of `samples` continuations of each prompt; arguments as in `generate`."""
+  prompts, batch = len(prompts_RP), len(prompts_RP) * samples
+  hidden_RPD, cache = model.prefill(prompts_RP, lengths_R, dtype)
+  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
+  lengths_B = jnp.repeat(lengths_R, samples, total_repeat_length=prompts * samples)
+  return State(
+    step=jnp.int32(0),
+    logits_BV=jnp.repeat(model.logits(last_RD), samples, axis=0),
+    cache=fan_out(cache, samples, longest),
+    lengths_B=lengths_B,
+    done_B=lengths_B == 0,
+    tokens_BG=jnp.full((batch, longest), eos_id, jnp.int32),
+    counts_B=jnp.zeros(batch, jnp.int32),
+  )
+
+
+def decode(model: llama.Llama, state: State, keys_B: jax.Array, sampling: Sampling, eos_id: int) -> State:
+  """Draws one token for each row that has not ended, and computes what the next one is drawn from."""
+  drawn_B = draw(state.logits_BV, keys_B, state.step, sampling.temperature, sampling.top_p)
+  token_B = jnp.where(state.done_B, eos_id, drawn_B)
+  done_B = state.done_B | (token_B == eos_id)
+  hidden_B1D, cache = model.cached(
+    token_B[:, None], (state.lengths_B + state.step)[:, None], ~done_B[:, None], state.cache
+  )
+  return State(
+    step=state.step + 1,
+    logits_BV=model.logits(hidden_B1D[:, 0]),
+    cache=cache,
+    lengths_B=state.lengths_B,
+    done_B=done_B,
+    tokens_BG=jax.lax.dynamic_update_slice(state.tokens_BG, token_B[:, None], (0, state.step)),
+    counts_B=state.counts_B + ~state.done_B,
+  )
+
+
 @functools.partial(jax.jit, static_argnames=("samples", "sampling", "eos_id", "dtype"))
 def generate(
   model: llama.Llama,
@@ -92,42 +161,14 @@ def generate(
   Returns:
     tokens int32 [B, G], filled with `eos_id` after the end; lengths int32 [B], the end token included.
   """
-  prompts, prompt_length = prompts_RP.shape
-  batch, longest = prompts * samples, sampling.max_new
   keys_B = jax.random.wrap_key_data(key_data_B2)
+  start = prefill(model, prompts_RP, lengths_R, samples=samples, longest=sampling.max_new, eos_id=eos_id, dtype=dtype)
 
-  positions_RP = jnp.broadcast_to(jnp.arange(prompt_length), (prompts, prompt_length))
-  valid_RP = positions_RP < lengths_R[:, None]
-  cache = llama.init_cache(model.config, prompts, prompt_length, dtype)
-  hidden_RPD, cache = model.cached(prompts_RP, positions_RP, valid_RP, cache)
-  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
-  logits_BV = jnp.repeat(model.logits(last_RD), samples, axis=0)
-  cache = fan_out(cache, samples, longest)
-  lengths_B = jnp.repeat(lengths_R, samples)
+  def unfinished(state: State) -> jax.Array:
+    return (state.step < sampling.max_new) & ~jnp.all(state.done_B)
 
-  def unfinished(carry: tuple) -> jax.Array:
-    step, _, _, done_B, _, _ = carry
-    return (step < longest) & ~jnp.all(done_B)
-
-  def advance(carry: tuple) -> tuple:
-    step, logits_BV, cache, done_B, tokens_BG, counts_B = carry
-    token_B = jnp.where(done_B, eos_id, draw(logits_BV, keys_B, step, sampling.temperature, sampling.top_p))
-    tokens_BG = jax.lax.dynamic_update_slice(tokens_BG, token_B[:, None], (0, step))
-    counts_B = counts_B + ~done_B
-    done_B = done_B | (token_B == eos_id)
-    hidden_B1D, cache = model.cached(token_B[:, None], (lengths_B + step)[:, None], ~done_B[:, None], cache)
-    return step + 1, model.logits(hidden_B1D[:, 0]), cache, done_B, tokens_BG, counts_B
-
-  start = (
-    jnp.int32(0),
-    logits_BV,
-    cache,
-    lengths_B == 0,
-    jnp.full((batch, longest), eos_id, jnp.int32),
-    jnp.zeros(batch, jnp.int32),
-  )
-  _, _, _, _, tokens_BG, counts_B = jax.lax.while_loop(unfinished, advance, start)
-  return tokens_BG, counts_B
+  end = jax.lax.while_loop(unfinished, lambda state: decode(model, state, keys_B, sampling, eos_id), start)
+  return end.tokens_BG, end.counts_B
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -143,9 +184,6 @@ def option_probs(
     options_K: int32, the token ids compared.
     dtype: of the KV cache.
   """
-  prompts, prompt_length = prompts_RP.shape
-  positions_RP = jnp.broadcast_to(jnp.arange(prompt_length), (prompts, prompt_length))
-  cache = llama.init_cache(model.config, prompts, prompt_length, dtype)
-  hidden_RPD, _ = model.cached(prompts_RP, positions_RP, positions_RP < lengths_R[:, None], cache)
+  hidden_RPD, _ = model.prefill(prompts_RP, lengths_R, dtype)
   last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
   return jax.nn.softmax(model.logits(last_RD)[:, options_K], axis=-1)

@@ -35,6 +35,14 @@ def abstract_state(
   return checkpoint.with_shardings(jax.eval_shape(functools.partial(train_step.init, transform=transform), model), mesh)
 
 
+def jit_step(
+  loss_fn: train_step.LossFn, optimizer: train_step.OptimizerConfig, shardings: train_step.TrainState
+) -> Callable[[train_step.TrainState, train_step.Batch, jax.Array], tuple[train_step.TrainState, train_step.Metrics]]:
+  """The jitted train step; the state that it is given is donated."""
+  step = functools.partial(train_step.train_step, loss_fn=loss_fn, transform=train_step.optimizer(optimizer))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def _kept_lines(path: epath.Path, steps: int) -> str:
   """The metrics of the steps that the restored state has done; later ones will be written again."""
   kept = []
@@ -86,11 +94,7 @@ def train(
   else:
     init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
     first, state = 0, init(start())
-  step_fn = jax.jit(
-    functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
+  step_fn = jit_step(loss_fn, optimizer, shardings)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   rates = train_step.schedule(optimizer)
   path = folder / "metrics.jsonl"
