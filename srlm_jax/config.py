@@ -117,6 +117,8 @@ def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any
     weight_decay=0.0,  # unstated.
     b2=0.95,  # unstated, as is the optimizer; ours is AdamW with b1 0.9.
     clip=1.0,  # unstated: of the global gradient norm.
+    accumulate=1,  # Parts of a batch that go through the model one after the other: less memory, the same update.
+    moments="float32",  # Of Adam's first moment; "bfloat16" needs half the memory.
     pack=False,  # unstated: several examples in a row of max_length tokens.
     save_every=200,  # The paper's.
   )

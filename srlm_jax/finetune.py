@@ -84,6 +84,7 @@ def fit(
     folder=out.folder,
     seed=settings.seed,
     save_every=section.save_every,
+    accumulate=section.accumulate,
   )
   return model, {"rows": len(rows), "tokens": tokens, "steps": steps}
 

@@ -65,7 +65,7 @@ def _train(name: str, settings: config_dict.ConfigDict, config: llama.LlamaConfi
     loss_fn = functools.partial(train_step.dpo_loss, chunk=chunk, beta=section.beta)
   optimizer = config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": 1000})
   state = train_loop.abstract_state(config, optimizer, mesh)
-  step = train_loop.jit_step(loss_fn, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state))
+  step = train_loop.jit_step(loss_fn, optimizer, jax.tree.map(lambda leaf: leaf.sharding, state), section.accumulate)
   return Program(name, mesh, step, (state, batch, _array((), jnp.uint32, mesh, ())), rows * length, length, 3)
 
 

@@ -33,6 +33,7 @@ UNSTATED = (
 MACHINE = (
   *("seed", "mesh.", "generation.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
+  *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
 )
 

@@ -98,10 +98,11 @@ def check_start(
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   pretrains = c.base.kind == "pretrain" and "m0" in folders
   for name, wanted in {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}.items():
-    if wanted and c[name].batch % ways:
+    part = ways * c[name].accumulate
+    if wanted and c[name].batch % part:
       raise ValueError(
-        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.data × mesh.fsdp): change it to a "
-        f"multiple of {ways}, or raise mesh.tensor ({mesh.shape['tensor']})."
+        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.data × mesh.fsdp) in "
+        f"{c[name].accumulate} part(s): change it to a multiple of {part}, or raise mesh.tensor."
       )
 
 

@@ -36,10 +36,14 @@ def abstract_state(
 
 
 def jit_step(
-  loss_fn: train_step.LossFn, optimizer: train_step.OptimizerConfig, shardings: train_step.TrainState
+  loss_fn: train_step.LossFn,
+  optimizer: train_step.OptimizerConfig,
+  shardings: train_step.TrainState,
+  accumulate: int = 1,
 ) -> Callable[[train_step.TrainState, train_step.Batch, jax.Array], tuple[train_step.TrainState, train_step.Metrics]]:
   """The jitted train step; the state that it is given is donated."""
-  step = functools.partial(train_step.train_step, loss_fn=loss_fn, transform=train_step.optimizer(optimizer))
+  transform = train_step.optimizer(optimizer)
+  step = functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform, accumulate=accumulate)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -67,6 +71,7 @@ def train(
   folder: epath.Path,
   seed: int,
   save_every: int,
+  accumulate: int = 1,
 ) -> llama.Llama:
   """Trains for `optimizer.steps` steps and returns the model.
 
@@ -81,6 +86,7 @@ def train(
     folder: gets `states/` and `metrics.jsonl` (one line a step: loss, gradient norm, …).
     seed: of dropout.
     save_every: steps between two saved states.
+    accumulate: parts in which a batch goes through the model, one after the other, to need less memory.
   """
   transform = train_step.optimizer(optimizer)
   abstract = abstract_state(config, optimizer, mesh)
@@ -94,7 +100,7 @@ def train(
   else:
     init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
     first, state = 0, init(start())
-  step_fn = jit_step(loss_fn, optimizer, shardings)
+  step_fn = jit_step(loss_fn, optimizer, shardings, accumulate)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   rates = train_step.schedule(optimizer)
   path = folder / "metrics.jsonl"

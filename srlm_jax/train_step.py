@@ -32,6 +32,7 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-8
   clip: float = 1.0  # Global gradient norm; 0 for none.
+  moments: str = "float32"  # Of Adam's first moment; "bfloat16" halves it. The second stays in the parameters' type.
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,13 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return jax.tree.map(lambda leaf: leaf.ndim > 2, tree)  # Stacked norms are [L, D]; embeddings stay undecayed too.
 
   adamw = optax.adamw(
-    schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=matrices
+    schedule(config),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    mu_dtype=config.moments,
+    weight_decay=config.weight_decay,
+    mask=matrices,
   )
   return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
 
@@ -104,12 +111,62 @@ def dpo_loss(
 LossFn = Callable[[llama.Llama, Batch, jax.Array | None], tuple[jax.Array, Metrics]]
 
 
+def parts(batch: Batch, count: int) -> Batch:
+  """The batch as [count, …]: parts of equal size. The rows of a pair, chosen and rejected, stay together."""
+  rows = len(batch["tokens"])
+  pairs = len(batch["reference_chosen"]) if "reference_chosen" in batch else rows
+
+  def one(array: jax.Array) -> jax.Array:
+    sides = len(array) // pairs
+    divided = array.reshape(sides, pairs // count, count, *array.shape[1:])  # Each device keeps rows of its own.
+    return jnp.moveaxis(divided, 2, 0).reshape(count, sides * pairs // count, *array.shape[1:])
+
+  return jax.tree.map(one, batch)
+
+
+def _gradients(
+  model: llama.Llama, batch: Batch, key: jax.Array, loss_fn: LossFn, accumulate: int
+) -> tuple[llama.Llama, Metrics]:
+  """Gradients and metrics of a batch, computed in `accumulate` parts one after the other.
+
+  A part weighs by its target tokens where the loss is a mean over them, so that the sum is the whole batch's.
+  """
+  compute = jax.value_and_grad(loss_fn, has_aux=True)
+  if accumulate == 1:
+    (_, metrics), grads = compute(model, batch, key)
+    return grads, metrics
+
+  def add(carry: tuple[llama.Llama, Metrics, jax.Array], part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    (_, metrics), grads = compute(model, part[0], jax.random.fold_in(key, part[1]))
+    weight = metrics.get("target_tokens", jnp.float32(1))
+    added = jax.tree.map(lambda total, one: total + weight.astype(one.dtype) * one, carry[:2], (grads, metrics))
+    return (*added, carry[2] + weight), None
+
+  divided = parts(batch, accumulate)
+  first = jax.tree.map(lambda array: array[0], divided)
+  shapes = jax.eval_shape(compute, model, first, key)
+  zeros = (
+    jax.tree.map(jnp.zeros_like, model),
+    jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0][1]),
+  )
+  (grads, metrics, total), _ = jax.lax.scan(add, (*zeros, jnp.float32(0)), (divided, jnp.arange(accumulate)))
+  grads = jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), grads)
+  means = {name: value / total for name, value in metrics.items()}
+  return grads, means | ({"target_tokens": total} if "target_tokens" in means else {})
+
+
 def train_step(
-  state: TrainState, batch: Batch, seed: jax.Array, *, loss_fn: LossFn, transform: optax.GradientTransformation
+  state: TrainState,
+  batch: Batch,
+  seed: jax.Array,
+  *,
+  loss_fn: LossFn,
+  transform: optax.GradientTransformation,
+  accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One update. Dropout draws from (seed, step) alone, so that a resumed run repeats what an uninterrupted one did."""
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
+  grads, metrics = _gradients(state.model, batch, key, loss_fn, accumulate)
   updates, opt_state = transform.update(grads, state.opt_state, state.model)
   model = optax.apply_updates(state.model, updates)
   metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}

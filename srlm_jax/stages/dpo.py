@@ -40,6 +40,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     folder=out.folder,
     seed=settings.seed,
     save_every=section.save_every,
+    accumulate=section.accumulate,
   )
   modelstore.save(
     out, model, words, {"pairs": count, "steps": steps, "reference": pairs.manifest()["facts"]["reference"]}

@@ -1,0 +1,76 @@
+"""Attention: every kernel gives what plain XLA gives, gradients too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from srlm_jax import attention
+
+B, T, K, G, H = 2, 256, 2, 2, 128
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[jax.Array, ...]:
+  keys = jax.random.split(jax.random.key(0), 3)
+  segments = jnp.asarray(np.repeat([[1] * 100 + [2] * 100 + [0] * 56], B, 0), jnp.int32)
+  shapes = ((B, T, K, G, H), (B, K, H, T), (B, K, T, H))
+  return *(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)), segments
+
+
+def real(mixed: jax.Array, segments: jax.Array) -> jax.Array:
+  return mixed * (segments > 0)[:, :, None, None, None]
+
+
+def test_splash_equals_xla_with_gradients(inputs: tuple[jax.Array, ...]) -> None:
+  *arrays, segments = inputs
+
+  def loss(kernel):
+    return lambda *qkv: jnp.sum(real(kernel(*qkv), segments) ** 2)
+
+  def xla(*qkv):
+    return attention.causal("xla", *qkv, segments)
+
+  def splash(*qkv):
+    return attention.splash(*qkv, segments, interpret=True)
+
+  np.testing.assert_allclose(real(splash(*arrays), segments), real(xla(*arrays), segments), atol=1e-5)
+  for found, wanted in zip(
+    jax.grad(loss(splash), (0, 1, 2))(*arrays), jax.grad(loss(xla), (0, 1, 2))(*arrays), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_splash_divided_over_devices_equals_the_whole(inputs: tuple[jax.Array, ...]) -> None:
+  *arrays, segments = inputs
+  whole = attention.splash(*arrays, segments, interpret=True)
+  mesh = tiny_model.eight_devices()
+  with jax.set_mesh(mesh):
+    if B % (mesh.shape["data"] * mesh.shape["fsdp"]) or K % mesh.shape["tensor"]:
+      four = [jnp.concatenate([array] * 4) for array in (*arrays, segments)]
+    else:
+      four = [*arrays, segments]
+    parts = jax.jit(lambda *given: attention.splash(*given, interpret=True))(*four)
+  np.testing.assert_allclose(parts[:B], whole, atol=1e-5)
+
+
+def test_a_token_sees_its_own_text_up_to_itself(inputs: tuple[jax.Array, ...]) -> None:
+  q, k, v, segments = inputs
+  changed = v.at[:, :, 150].set(9.0)  # Of the second text.
+  before, after = (attention.causal("xla", q, k, values, segments) for values in (v, changed))
+  same = np.asarray(jnp.all(before == after, axis=(0, 2, 3, 4)))
+  assert same[:150].all() and not same[150:200].any()
+
+
+def test_a_shape_that_the_kernel_does_not_take_goes_to_xla(inputs: tuple[jax.Array, ...]) -> None:
+  q, k, v, segments = (
+    array[:, :100] if array.ndim in (2, 5) else array for array in (inputs[0], *inputs[1:])
+  )
+  k, v = inputs[1][..., :100], inputs[2][:, :, :100]
+  one, two = (attention.causal(kind, q, k, v, segments) for kind in ("splash", "xla"))
+  np.testing.assert_array_equal(one, two)
+
+
+def test_the_best_kind_of_a_platform() -> None:
+  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "xla"]

@@ -1,0 +1,85 @@
+"""Planning for a TPU slice: what is counted by hand, and real compilations where libtpu is there."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+import tiny_model
+
+from srlm_jax import chips, config as config_lib, llama, mesh as mesh_lib, plan, programs
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def small(**changes: object):
+  c = config_lib.base()
+  c.model.update(max_length=256, logits_chunk=128)
+  c.responses.sampling.max_new = 64
+  for part in (c.sft, c.dpo):
+    part.batch = 4
+  c.generation.rows = 8
+  c.update_from_flattened_dict(changes)
+  return c
+
+
+SHAPE = dataclasses.replace(
+  llama.SIZES["llama2_7b"], layers=2, embed=256, ffw=512, heads=4, kv_heads=2, head_dim=64, vocab_size=512, remat="none"
+)
+
+
+def test_topologies_are_read() -> None:
+  assert (chips.chip_of("v5p:4x4x4").name, chips.size_of("v5p:4x4x4"), chips.size_of("v5e:2x4")) == ("v5p", 64, 8)
+  with pytest.raises(ValueError, match="'h100:2x2' is no topology: write one of v4, v5e, v5p, v6e"):
+    chips.chip_of("h100:2x2")
+  with pytest.raises(ValueError, match="'v5p:big' has no shape: write v5p:4x4x4"):
+    chips.size_of("v5p:big")
+
+
+def test_every_program_of_a_run_lowers() -> None:
+  mesh = mesh_lib.make_mesh(fsdp=4, tensor=2)
+  found = programs.programs(small(), SHAPE, mesh, mesh_lib.make_mesh(data=4, fsdp=1, tensor=2))
+  assert [one.name for one in found] == ["sft", "reference", "dpo", "prefill", "decode"]
+  for one in found:
+    with jax.set_mesh(one.mesh):
+      one.fn.lower(*one.args)
+  assert {one.name: one.tokens for one in found} == {
+    "sft": 4 * 256, "reference": 8 * 256, "dpo": 8 * 256, "prefill": 4 * 128, "decode": 16,
+  }  # fmt: skip
+
+
+def test_m1_alone_needs_no_more_than_sft() -> None:
+  mesh = mesh_lib.make_mesh()
+  assert [one.name for one in programs.programs(small(models=1), SHAPE, mesh, mesh)] == ["sft"]
+
+
+def test_useful_flops() -> None:
+  mesh = tiny_model.one_device()
+  program = programs.programs(small(models=1), SHAPE, mesh, mesh)[0]
+  layer = 256 * (4 + 2 * 2) * 64 + 4 * 64 * 256 + 3 * 256 * 512 + 2 * 256
+  weights = 2 * layer + 256 + 256 * 512
+  attention = 4 * 1024 * 128 * 2 * 4 * 64
+  assert plan.useful_flops(SHAPE, program) == 3 * (2 * weights * 1024 + attention)
+
+
+def test_no_room_names_the_sum() -> None:
+  message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.5G of 95.74G hbm. Exceeded hbm capacity by 24.8G."  # noqa: E501
+  assert plan._no_room(message).startswith("Used 120.5G of 95.74G hbm.")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the TPU compiler is not installed: '.[tpu]'")
+def test_a_real_compilation_agrees_with_the_closed_form(capsys: pytest.CaptureFixture[str]) -> None:
+  settings = small(**{"model.remat": "full"})
+  shape = dataclasses.replace(SHAPE, attention="splash", head_dim=128)
+  devices = plan.describe("v5p:2x2x1")
+  training, generation = plan.meshes(settings, devices)
+  program = programs.programs(settings, shape, training, generation)[0]
+  found = plan.measure(program, shape, chips.CHIPS["v5p"])
+  assert not found.error and found.peak > found.arguments / 2
+  # With full remat a step does between 3 and 4 forward passes.
+  forward = plan.useful_flops(shape, program) / 3 / 4
+  assert 3 * forward < found.flops < 4.3 * forward
+  assert plan.run(settings, shape, "v5p:2x2x1", ["decode"], as_json=False)
+  assert "decode" in capsys.readouterr().out
