@@ -281,8 +281,7 @@ class _Walk:
       return max(branches, key=lambda cost: cost.cycles, default=Cost())
     if op.opcode in ("call", "async-start"):
       return sum((self.of(name) for kind in ("calls", "to_apply") for name in op.called(kind)), Cost())
-    kind = op.opcode.removesuffix("-start")
-    network = Counter({(kind, group_size(op.rest)): _sent(kind, op)}) if kind in COLLECTIVES else Counter()
+    network = self._network(op)
     read, written = self._traffic(op, around)
     cycles = _CYCLES.search(op.rest)
     kernel = 'custom_call_target="tpu_custom_call"' in op.rest
@@ -295,6 +294,17 @@ class _Walk:
       network=network,
       kernels=Counter([label[1] if label else op.name]) if kernel else Counter(),
     )
+
+  def _network(self, op: Instruction) -> Counter[tuple[str, int]]:
+    """What an instruction sends; the compiler writes a reduce-scatter as a fusion of an all-reduce and a slice."""
+    if op.opcode == "fusion":
+      name = op.called("calls")[0]
+      found = sum((self._network(one) for one in self.computations[name].values()), Counter())
+      if name.startswith("all-reduce-scatter"):  # Half of an all-reduce.
+        return Counter({("reduce-scatter", group): size / 2 for (_, group), size in found.items()})
+      return found
+    kind = op.opcode.removesuffix("-start")
+    return Counter({(kind, group_size(op.rest)): _sent(kind, op)}) if kind in COLLECTIVES else Counter()
 
   def _flops(self, op: Instruction, around: dict[str, Instruction]) -> float:
     if op.opcode == "convolution":
