@@ -64,9 +64,7 @@ def test_a_token_sees_its_own_text_up_to_itself(inputs: tuple[jax.Array, ...]) -
 
 
 def test_a_shape_that_the_kernel_does_not_take_goes_to_xla(inputs: tuple[jax.Array, ...]) -> None:
-  q, k, v, segments = (
-    array[:, :100] if array.ndim in (2, 5) else array for array in (inputs[0], *inputs[1:])
-  )
+  q, k, v, segments = (array[:, :100] if array.ndim in (2, 5) else array for array in (inputs[0], *inputs[1:]))
   k, v = inputs[1][..., :100], inputs[2][:, :, :100]
   one, two = (attention.causal(kind, q, k, v, segments) for kind in ("splash", "xla"))
   np.testing.assert_array_equal(one, two)
