@@ -2,8 +2,8 @@
 
 The compiler's own `cost_analysis` counts a scanned body once. Here FLOPs are those of matrix products (TPU programs
 write them as convolutions), cycles the compiler's estimates of fusions, bytes what each instruction moves to and from
-HBM, and network what one chip sends in each collective, by a ring. Pallas kernels carry no cost in the text: their
-callers add it.
+HBM, and network what one chip sends in each collective, by a ring. A Pallas kernel costs what its author stated; of
+those without such an estimate the number is given, and the caller adds their cost.
 """
 
 from collections import Counter
@@ -38,6 +38,7 @@ _LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = ")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.-]+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)"
 )
@@ -76,7 +77,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one chip; `network` is bytes sent by kind of collective and size of its group, `kernels` counts Pallas calls."""
+  """Of one chip; `network`: bytes sent by kind of collective and size of group; `kernels`: those that state no cost."""
 
   flops: float = 0.0
   cycles: float = 0.0
@@ -285,6 +286,9 @@ class _Walk:
     read, written = self._traffic(op, around)
     cycles = _CYCLES.search(op.rest)
     kernel = 'custom_call_target="tpu_custom_call"' in op.rest
+    stated = _STATED.search(op.rest) if kernel else None
+    if stated:
+      return Cost(flops=float(stated[1]), read=float(stated[2]), written=op.bytes)
     label = re.search(r'op_name="([^"]*)"', op.rest)
     return Cost(
       flops=self._flops(op, around),

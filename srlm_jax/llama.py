@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import attention, mesh
+from srlm_jax import attention, decode_attention, mesh
 
 REMAT = ("none", "full", "minimal")
 
@@ -326,7 +326,10 @@ class Llama(nnx.Module):
       # The whole cache is carried and one layer's new slots are written, so that nothing else of it is copied.
       keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), (index, 0, 0, 0, start))
       values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, 0, start, 0))
-      mixed_BTKGH = attention.xla(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
+      if self.config.attention == "splash" and decode_attention.takes(q, keys):
+        mixed_BTKGH = decode_attention.attend(q, keys, values, mask_BTS[:, 0], index)
+      else:
+        mixed_BTKGH = attention.xla(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
       return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None
 
     carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)

@@ -93,7 +93,7 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
         continue
     logger.info("[%d/%d] %s: stage %s", number, len(chosen), step.folder, step.stage)
     started = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(step.mesh or mesh):
       step.run(out)
     logger.info("[%d/%d] %s: finished in %.1f s", number, len(chosen), step.folder, time.monotonic() - started)
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 from typing import Any
 
+from flax import nnx
 import jax
 from ml_collections import config_dict
 
@@ -68,10 +70,22 @@ def load(
   return model
 
 
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _cast(model: llama.Llama, dtype: str) -> llama.Llama:
+  """The kernels in the type that they are used in anyway, so that decoding reads no more; the norms as they are."""
+
+  def one(param: nnx.Param) -> nnx.Variable:
+    norm = "features" in param.get_metadata("axes")
+    return param if norm else param.replace(param[...].astype(dtype))
+
+  return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
 def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:
   """A model that answers and judges."""
+  model = load(artifact, settings, mesh)
   return rollout.Speaker(
-    model=load(artifact, settings, mesh),
+    model=model if settings.model.dtype == model.config.param_dtype else _cast(model, settings.model.dtype),
     tokenizer=load_tokenizer(artifact),
     chat_kind=settings.chat,
     rows=settings.generation.rows,

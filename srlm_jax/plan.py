@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 from ml_collections import config_dict
 
-from srlm_jax import chips, hlo_cost, llama, mesh as mesh_lib, programs
+from srlm_jax import chips, hlo_cost, llama, mesh as mesh_lib, programs, steps
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +131,8 @@ def meshes(
   settings: config_dict.ConfigDict, devices: Sequence[jax.Device]
 ) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
   """Training's and sampling's mesh over the devices of a topology."""
-  sizes = settings.generation.mesh.to_dict()
-  own = sizes if sizes["tensor"] else settings.mesh.to_dict()
-  return mesh_lib.make_mesh(**settings.mesh, devices=devices), mesh_lib.make_mesh(**own, devices=devices)
+  training = mesh_lib.make_mesh(**settings.mesh, devices=devices)
+  return training, steps.sampling_mesh(settings, training)
 
 
 def calls(settings: config_dict.ConfigDict) -> dict[str, float]:

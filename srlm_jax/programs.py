@@ -89,7 +89,8 @@ def _generation(settings: config_dict.ConfigDict, config: llama.LlamaConfig, mes
   first = jax.jit(functools.partial(sampling.prefill, samples=samples, longest=new, eos_id=eos_id, dtype=config.dtype))
   arguments = (model, tokens, _array((prompts,), jnp.int32, mesh, ("batch",)))
   rows = prompts * samples
-  slots, layers, kv, width = length + new, config.layers, config.kv_heads, config.head_dim
+  slots = length + sampling.free_slots(config, length, new)
+  layers, kv, width = config.layers, config.kv_heads, config.head_dim
   state = sampling.State(
     step=_array((), jnp.int32, mesh, ()),
     logits_BV=_array((rows, config.vocab_size), jnp.float32, mesh, ("batch", "vocab")),

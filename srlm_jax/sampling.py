@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from srlm_jax import llama
+from srlm_jax import decode_attention, llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,12 @@ class State:
   counts_B: jax.Array
 
 
+def free_slots(config: llama.LlamaConfig, prompt: int, longest: int) -> int:
+  """Free slots behind a prompt: the decoding kernel takes whole blocks alone."""
+  whole = decode_attention.BLOCKS[-1] if config.attention == "splash" else 1
+  return -(-(prompt + longest) // whole) * whole - prompt
+
+
 def prefill(
   model: llama.Llama,
   prompts_RP: jax.Array,
@@ -107,7 +113,7 @@ def prefill(
   return State(
     step=jnp.int32(0),
     logits_BV=jnp.repeat(model.logits(last_RD), samples, axis=0),
-    cache=fan_out(cache, samples, longest),
+    cache=fan_out(cache, samples, free_slots(model.config, prompts_RP.shape[1], longest)),
     lengths_B=lengths_B,
     done_B=lengths_B == 0,
     tokens_BG=jnp.full((batch, longest), eos_id, jnp.int32),

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, templates
+from srlm_jax import artifacts, chat, mesh as mesh_lib, templates
 from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
@@ -31,6 +31,9 @@ STAGES = {
 }
 
 
+SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate")  # Stages that generate.
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """One artifact to make: its folder below the work directory, its stage, its inputs (role → folder), its function."""
@@ -40,6 +43,7 @@ class Step:
   config: dict[str, Any]
   inputs: dict[str, str]
   run: Callable[..., None]
+  mesh: jax.sharding.Mesh | None = None  # Sampling has one of its own: weights that stay where they are.
 
 
 def subset(settings: config_dict.ConfigDict, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -106,6 +110,12 @@ def check_start(
       )
 
 
+def sampling_mesh(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  """The mesh of sampling, over the devices of training's: the same one, unless generation.mesh.tensor is set."""
+  own = settings.generation.mesh
+  return mesh_lib.make_mesh(**own, devices=list(mesh.devices.flat)) if own.tensor else mesh
+
+
 def check_choices(settings: config_dict.ConfigDict) -> None:
   """ValueError for a setting that names none of its choices, before any work starts."""
   choices = {
@@ -137,6 +147,7 @@ class _Plan:
 
   def __init__(self, settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     self.settings, self.mesh, self.workdir = settings, mesh, workdir
+    self.sampling = sampling_mesh(settings, mesh)
     self.steps: list[Step] = []
     self.world = {"world": "world"} if settings.world.enabled else {}
     self.where = {name: resolve(settings.data[name], workdir) for name in DATA}
@@ -150,10 +161,14 @@ class _Plan:
       for setting, digest in self.read.items()
       if any(setting == key or setting.startswith(f"{key}.") for key in keys)
     }
-    self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run))
+    self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run, self.mesh_of(stage)))
+
+  def mesh_of(self, stage: str) -> jax.sharding.Mesh:
+    return self.sampling if stage in SAMPLING else self.mesh
 
   def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
-    return functools.partial(run, settings=settings or self.settings, mesh=self.mesh)
+    stage = run.__module__.rpartition(".")[2]
+    return functools.partial(run, settings=settings or self.settings, mesh=self.mesh_of(stage))
 
   def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:
     tokenizer, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)

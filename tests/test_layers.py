@@ -16,7 +16,7 @@ LAYERS = {
     "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
   ),
   "arrays": "mesh tokenizer chat batching dataset",
-  "model": "attention llama convert",
+  "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": "artifacts checkpoint generator rollout train_loop grading pairset",
   "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report",
@@ -24,8 +24,7 @@ LAYERS = {
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"
   ),
-  "planning": "chips hlo_cost programs plan",
-  "run": "steps main",
+  "run": "steps chips hlo_cost programs plan main",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
