@@ -3,6 +3,9 @@
 A folder holds `stage.json` (written first: what it is made from), its shards (each written whole, then a small `.done`
 beside it with records, bytes and SHA-256), and `manifest.json` (written last: its presence is the only commit). What an
 artifact is made from is its configuration and its inputs' digests: a folder made from others is refused, never mixed.
+
+Of several processes all make the same calls, and process 0 alone looks at what is there and writes: a written file is
+there for all of them once the call returns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +21,7 @@ from typing import Any, TypeVar
 from etils import epath
 import jax
 
-from srlm_jax import records
+from srlm_jax import distributed, records
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class Artifact:
   @property
   def done(self) -> bool:
     """Whether it is committed."""
-    return (self.folder / "manifest.json").exists()
+    return distributed.first(f"look at {self.folder}", (self.folder / "manifest.json").exists)
 
   @functools.cached_property
   def _manifest(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Artifact:
     self.check_config()
     path = self.folder / "stage.json"
     identity = self.identity()
-    if path.exists():
+    if distributed.first(f"look at {path}", path.exists):
       found = json.loads(path.read_text())["inputs"]
       changed = sorted(
         role for role in {*found, *identity["inputs"]} if found.get(role) != identity["inputs"].get(role)
@@ -138,10 +141,14 @@ class Artifact:
       if self.done:
         return
     self.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(identity, indent=2, sort_keys=True))
+    distributed.first(f"begin {self.folder}", lambda: write_whole(path, json.dumps(identity, indent=2, sort_keys=True)))
 
   def commit(self, facts: Mapping[str, Any], folders: Sequence[str] = ()) -> None:
     """Writes manifest.json: digests of all shards and of the files in `folders`, and `facts` for people and reports."""
+    distributed.barrier(f"commit {self.folder}")
+    distributed.first(f"commit {self.folder}", lambda: self._commit(facts, folders))
+
+  def _commit(self, facts: Mapping[str, Any], folders: Sequence[str]) -> None:
     files = {}
     for done in sorted(self.folder.glob("*.done")):
       files[done.name.removesuffix(".done")] = json.loads(done.read_text())
@@ -171,6 +178,9 @@ class Artifact:
 
   def write(self, name: str, text: str, count: int | None = None) -> None:
     """Writes one file whole, then its `.done`."""
+    distributed.first(f"write {self.folder / name}", lambda: self._write(name, text, count))
+
+  def _write(self, name: str, text: str, count: int | None) -> None:
     data = text.encode()
     write_whole(self.folder / name, text)
     entry = {"records": count, "bytes": len(data), "sha256": sha256(data)}
@@ -182,6 +192,9 @@ class Artifact:
 
   def has(self, name: str) -> bool:
     """Whether a file is complete: its `.done` is there and its size fits."""
+    return distributed.first(f"look at {self.folder / name}", lambda: self._has(name))
+
+  def _has(self, name: str) -> bool:
     done, path = self.folder / f"{name}.done", self.folder / name
     if not done.exists() or not path.exists():
       return False

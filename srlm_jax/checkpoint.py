@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from srlm_jax import llama, mesh as mesh_lib
+from srlm_jax import distributed, llama, mesh as mesh_lib
 
 Tree = TypeVar("Tree")
 
@@ -107,7 +107,7 @@ class StateStore:
 
   def restore(self, abstract: Tree) -> tuple[int, Tree] | None:
     """(step, state) of the newest state, or None where there is none yet."""
-    step = self._manager.latest_step()
+    step = distributed.agree(f"look at {self._folder}", self._manager.latest_step())
     if step is None:
       return None
     wanted = named_leaves(abstract)

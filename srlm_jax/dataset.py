@@ -7,6 +7,8 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from srlm_jax import distributed
+
 Row = Mapping[str, np.ndarray]
 
 
@@ -35,9 +37,15 @@ class Rows(tfds.core.GeneratorBasedBuilder):
 
 
 def write(folder: epath.PathLike, rows: Sequence[Row]) -> None:
-  """Prepares a dataset of `rows` in `folder`, in their order; ValueError where there is none."""
+  """Prepares a dataset of `rows`, in their order, in place of what `folder` held; ValueError where there is none."""
   if not rows:
     raise ValueError(f"no training example to write to {folder}: the stage before left none, see its counts.")
+  distributed.first(f"write {folder}", lambda: _write(epath.Path(folder), rows))
+
+
+def _write(folder: epath.Path, rows: Sequence[Row]) -> None:
+  if folder.exists():  # Cheap to prepare again, and never half of one.
+    folder.rmtree()
   tfds.disable_progress_bar()
   Rows(rows, data_dir=str(folder), file_format="array_record").download_and_prepare()
 

@@ -68,8 +68,6 @@ def fit(
   order = np.random.default_rng(settings.seed).permutation(len(examples))
   rows = batching.pack([examples[place] for place in order], settings.model.max_length, section.pack)
   folder = out.folder / "dataset"
-  if folder.exists():  # Cheap to prepare again, and never half of one.
-    folder.rmtree()
   dataset.write(folder, rows)
   steps = train_step.count_steps(section, len(rows))
   tokens = sum(len(example.tokens) for example in examples)

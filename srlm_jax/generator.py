@@ -7,7 +7,7 @@ import hashlib
 import jax
 import numpy as np
 
-from srlm_jax import batching, llama, mesh, sampling
+from srlm_jax import batching, distributed, llama, mesh, sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Generator:
     for length, batch in self._batches(requests):
       prompts, lengths = self._pad(batch, length)
       probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
-      yield from zip(batch, np.asarray(probs)[: len(batch)], strict=True)
+      yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
 
   def _slots(self, samples: int) -> int:
     """Prompts of a batch: about rows // samples, a multiple of what the mesh in use divides a batch into."""
@@ -105,7 +105,7 @@ class Generator:
     for row, request in enumerate(batch):
       for sample in range(samples):
         keys[row * samples + sample] = row_key(self.seed, request.name, sample)
-    return sampling.generate(
+    out = sampling.generate(
       self.model,
       prompts,
       lengths,
@@ -115,11 +115,13 @@ class Generator:
       eos_id=self.eos_id,
       dtype=self.model.config.dtype,
     )
+    return distributed.whole(out)
 
   def _collect(
     self, batch: list[Request], out: tuple[jax.Array, jax.Array]
   ) -> Iterator[tuple[Request, list[Completion]]]:
     tokens, counts = jax.device_get(out)
+    distributed.progress(f"generation: {batch[0].name}")
     for row, request in enumerate(batch):
       completions = []
       for index in range(row * request.samples, (row + 1) * request.samples):

@@ -18,7 +18,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, llama, mesh as mesh_lib, modelstore, plan, steps
+from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -150,11 +150,13 @@ def _log_to_stderr() -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   ours = logging.getLogger("srlm_jax")
   handler = logging.StreamHandler()
-  handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  who = "" if distributed.writes() else f"{distributed.name()}: "
+  handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
   ours.handlers, ours.propagate = [handler], False
-  ours.setLevel(logging.INFO)
+  ours.setLevel(logging.INFO if distributed.writes() else logging.WARNING)
 
 
+@distributed.session()
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
   _log_to_stderr()

@@ -10,13 +10,13 @@ from flax import nnx
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, attention, checkpoint, llama, rollout, tokenizer
+from srlm_jax import artifacts, attention, checkpoint, distributed, llama, rollout, tokenizer
 
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
   """Writes weights and tokenizer into an artifact and commits it; the states of its training are deleted."""
   checkpoint.save_model(out.folder, model)
-  words.save(out.folder / "tokenizer")
+  distributed.first("save the tokenizer", lambda: words.save(out.folder / "tokenizer"))
   out.write("golden.json", json.dumps(words.golden(), indent=1))
   out.write("llama.json", json.dumps(dataclasses.asdict(model.config), indent=1))
   # In place of the weights' files: equal weights give equal artifacts, which Orbax's files, with times in them, do not.
@@ -24,7 +24,7 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
   out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("tokenizer",))
   states = out.folder / "states"
-  if states.exists():  # Last: until the commit a stopped run goes on from them.
+  if distributed.writes() and states.exists():  # Last: until the commit a stopped run goes on from them.
     states.rmtree()
 
 

@@ -7,7 +7,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from srlm_jax import batching, dataset, llama, logprobs, mesh as mesh_lib, records
+from srlm_jax import batching, dataset, distributed, llama, logprobs, mesh as mesh_lib, records
 
 
 def row_length(pairs: Sequence[records.PreferencePair], longest: int) -> int:
@@ -49,7 +49,8 @@ def reference_logprobs(
   for start in range(0, len(rows), size):
     part = list(rows[start : start + size])
     filled = part + [part[-1]] * (size - len(part))
-    both = np.asarray(score(model, jax.device_put(stack(filled), sharding)))
+    both = np.asarray(distributed.whole(score(model, distributed.place(stack(filled), sharding))))
+    distributed.progress(f"reference log-probs of pair {start}")
     out.append(np.stack([both[:size], both[size:]], axis=1)[: len(part)])
   return np.concatenate(out)
 

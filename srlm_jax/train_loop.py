@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import time
 from typing import IO, Protocol
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from srlm_jax import checkpoint, llama, mesh as mesh_lib, train_step
+from srlm_jax import checkpoint, distributed, llama, mesh as mesh_lib, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def train(
   step_fn = jit_step(loss_fn, optimizer, shardings, accumulate)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   rates = train_step.schedule(optimizer)
-  path = folder / "metrics.jsonl"
+  path = folder / "metrics.jsonl" if distributed.writes() else epath.Path(os.devnull)
   kept = _kept_lines(path, first)
   with contextlib.closing(store), path.open("w") as log:
     log.write(kept)
@@ -111,11 +112,12 @@ def train(
     pending: tuple[int, train_step.Metrics] | None = None
     said = started = time.monotonic()
     for index in range(first, optimizer.steps):
-      batch = jax.device_put(batches[index], rows)
+      batch = distributed.place(batches[index], rows)
       state, metrics = step_fn(state, batch, jnp.uint32(seed))
       if pending:  # One step late, so that the device never waits for the host.
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
       pending = index + 1, metrics
+      distributed.progress(f"{folder}: step {index + 1}")
       if (index + 1) % save_every == 0 and index + 1 < optimizer.steps:
         # First, so that no state is saved whose loss is no number, or whose metrics a kill would lose.
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)

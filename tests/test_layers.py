@@ -15,7 +15,7 @@ LAYERS = {
   "data": (
     "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
   ),
-  "arrays": "mesh tokenizer chat batching dataset",
+  "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": "artifacts checkpoint generator rollout train_loop grading pairset",

@@ -66,9 +66,6 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     for pair, (chosen, rejected) in zip(pairs, reference, strict=True)
   ]
   out.write("reference.jsonl", "\n".join(lines) + "\n", len(lines))
-  folder = out.folder / "dataset"
-  if folder.exists():
-    folder.rmtree()
-  pairset.write(folder, rows, reference)
+  pairset.write(out.folder / "dataset", rows, reference)
   facts = {"counts": dict(counts), "pairs": len(pairs), "reference": out.inputs["reference"].digest(), "length": length}
   out.commit(facts)

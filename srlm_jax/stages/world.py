@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, templates, tokenizer, world_files
+from srlm_jax import artifacts, chat, config as config_lib, distributed, templates, tokenizer, world_files
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict) -> None:
@@ -17,8 +17,11 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict) -> None:
     if name != "enabled" and name not in known:
       raise artifacts.unknown(name, known, "size of the world (config.world)")
   sizes = config_lib.frozen(world_files.Sizes, settings.world)
-  facts = world_files.write_world(out.folder / "files", settings.seed, sizes, settings.judge.rubric)
-  words = tokenizer.load(out.folder / "files" / "tokenizer.model")
+  files = out.folder / "files"
+  facts = distributed.first(
+    "write the world", lambda: world_files.write_world(files, settings.seed, sizes, settings.judge.rubric)
+  )
+  words = tokenizer.load(files / "tokenizer.model")
   empty = chat.chat_tokens(words, templates.load_rubric(settings.judge.rubric).fill("", ""), settings.chat)
   room = settings.model.max_length - settings.judge.sampling.max_new
   if len(empty) >= room:

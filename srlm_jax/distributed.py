@@ -1,0 +1,305 @@
+"""Several processes as one program: joining, agreeing, and ending together.
+
+Every process runs the same host code on the same data, all device work is one program over all devices, and process 0
+alone writes files.  A process that is lost, stuck or failed ends the others with a message and `LOST`, the exit code
+after which a launcher starts all of them again; the run then goes on where it was.  Alone, all of this does nothing.
+
+The environment says who takes part: SRLM_COORDINATOR (host:port), SRLM_PROCESSES and SRLM_PROCESS, which
+launch/local_pod.sh sets, or SRLM_PROCESSES=auto where JAX finds them by itself (Cloud TPU, GKE, Slurm).
+SRLM_SILENT_SECONDS (300) is how long a process may give no sign of life, SRLM_STUCK_SECONDS (1800) how long it may live
+and get nowhere.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn, TypeVar
+
+import jax
+from jax._src import distributed as jax_distributed  # The coordination service has no public name.
+
+LOST = 75  # EX_TEMPFAIL: start it again.
+NEVER = 10**6  # Seconds. JAX's own heartbeat ends a process without a word and with another code: ours comes first.
+LIBRARIES_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "coordination service")
+
+T = TypeVar("T")
+
+_calls = itertools.count()  # Numbers what all processes do together: the same number must be the same thing.
+_progress: list[Any] = [0, "start"]  # How often this process has moved, and where it was.
+
+
+class PeerLost(RuntimeError):
+  """Another process is dead, stuck or gone, so this one cannot go on; the run can, once all are started again."""
+
+
+def _seconds(name: str, default: float) -> float:
+  return float(os.environ.get(name, default))
+
+
+def _silent() -> float:
+  return _seconds("SRLM_SILENT_SECONDS", 300)
+
+
+def _stuck() -> float:
+  return _seconds("SRLM_STUCK_SECONDS", 1800)
+
+
+def _beat() -> float:
+  """Seconds between two signs of life."""
+  return min(_silent() / 5, 5)
+
+
+def _client() -> Any:
+  """The coordination service; None in a process that is alone."""
+  return jax_distributed.global_state.client
+
+
+def writes() -> bool:
+  """Whether this process is the one that writes files: process 0."""
+  return jax_distributed.global_state.process_id == 0
+
+
+def name() -> str:
+  """ "process 1 of 2", or nothing in a process that is alone."""
+  state = jax_distributed.global_state
+  return f"process {state.process_id} of {state.num_processes}" if state.client else ""
+
+
+def progress(where: str) -> None:
+  """Says that this process moves; one that has not for SRLM_STUCK_SECONDS ends the run."""
+  _progress[:] = _progress[0] + 1, where
+
+
+# Together
+
+
+def first(what: str, work: Callable[[], T]) -> T:
+  """Process 0 does the work; every process gets its result (of JSON) once it is done.
+
+  Args:
+    what: names the work, for messages.
+    work: is called by process 0 alone.
+
+  Raises:
+    PeerLost: process 0 was not done in SRLM_STUCK_SECONDS, or is gone.
+  """
+  client = _client()
+  if client is None:
+    if jax.process_count() > 1:
+      raise RuntimeError(f"{jax.process_count()} processes that do not know each other: set SRLM_PROCESSES=auto.")
+    return work()
+  key = f"srlm/first/{next(_calls)} {what}"
+  progress(what)
+  if writes():
+    text = json.dumps(work())
+    client.key_value_set(key, text)
+  else:
+    try:
+      text = client.blocking_key_value_get(key, int(_stuck() * 1000))
+    except jax.errors.JaxRuntimeError as error:
+      raise PeerLost(f"process 0 did not finish {what!r}: {_short(error)}") from error
+  progress(f"after {what}")
+  return json.loads(text)
+
+
+def agree(what: str, value: T) -> T:
+  """The value (of JSON) that process 0 has, in every process."""
+  return first(what, lambda: value)
+
+
+def barrier(what: str, seconds: float | None = None) -> None:
+  """Waits until every process is here; PeerLost, naming those that are not, after `seconds` (SRLM_STUCK_SECONDS)."""
+  client, state = _client(), jax_distributed.global_state
+  if client is None:
+    return
+  seconds = _stuck() if seconds is None else seconds
+  key = f"srlm/barrier/{next(_calls)} {what}"
+  progress(what)
+  client.key_value_set(f"{key}/{state.process_id}", "here")
+  try:
+    client.wait_at_barrier(key, int(seconds * 1000))
+  except jax.errors.JaxRuntimeError as error:
+    here = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(f"{key}/")}
+    absent = ", ".join(str(peer) for peer in range(state.num_processes) if peer not in here)
+    raise PeerLost(f"process {absent or '?'} did not come to {what!r} in {seconds:g} s ({_short(error)}).") from error
+  progress(f"after {what}")
+
+
+def place(tree: T, sharding: jax.sharding.Sharding) -> T:
+  """Host arrays, the same in every process, as global arrays of which each device holds its part."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  # Unlike device_put, it does not compare the processes' values, which would take a collective for each array.
+  return jax.tree.map(lambda array: jax.make_array_from_callback(array.shape, sharding, array.__getitem__), tree)
+
+
+def whole(tree: T) -> T:
+  """Arrays that every process can read whole: dispatched, not waited for; each device gets all, so small ones alone."""
+  if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+    return tree
+  mesh = jax.tree.leaves(tree)[0].sharding.mesh
+  return _copy(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))(tree)
+
+
+@functools.cache
+def _copy(sharding: jax.sharding.Sharding) -> Callable[[T], T]:
+  return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+# Beginning and ending
+
+
+@contextlib.contextmanager
+def session() -> Iterator[None]:
+  """Joins the processes of a run, where there are several, and sees that they end together."""
+  if not _join():
+    yield
+    return
+  over = threading.Event()
+  watcher = threading.Thread(target=_watch, args=(over,), name="srlm peers", daemon=True)
+  watcher.start()
+  try:
+    yield
+    barrier("the end")
+  except BaseException as error:  # noqa: BLE001  # Also sys.exit: whatever it is, the others must not wait.
+    _fail(error)
+  over.set()
+  watcher.join()
+  jax.distributed.shutdown()
+
+
+def _join() -> bool:
+  """Joins the run that the environment describes; whether there is one."""
+  count = os.environ.get("SRLM_PROCESSES", "1")
+  if count == "1":
+    return False
+  signal_abort = ctypes.CDLL(None).signal
+  signal_abort(signal.SIGABRT, _on_abort)
+  limit = _silent()
+  late = threading.Timer(limit + 2 * _beat(), _leave, ["not all processes of the run came to its start.", LOST])
+  late.daemon = True
+  late.start()
+  # A process that is told to stop shall stop; the states that training saves now and then are what a run goes on from.
+  jax.config.update("jax_enable_preemption_service", False)
+  known: dict[str, Any] = {}
+  if count != "auto":
+    known = dict(
+      coordinator_address=os.environ["SRLM_COORDINATOR"],
+      num_processes=int(count),
+      process_id=int(os.environ["SRLM_PROCESS"]),
+    )
+  jax.distributed.initialize(**known, initialization_timeout=int(limit), heartbeat_timeout_seconds=NEVER)
+  late.cancel()
+  return True
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+  """JAX aborts a process that the coordinator has left, before Python hears of it; other aborts stay what they are."""
+  state = jax_distributed.global_state
+  if state.process_id == 0 and state.client:
+    os._exit(128 + number)
+  try:
+    host, _, port = (state.coordinator_address or "").rpartition(":")
+    socket.create_connection((host, int(port)), timeout=2).close()
+  except (OSError, ValueError):
+    _leave("process 0, the coordinator, is gone.", LOST)
+  if state.client is None:
+    _leave("not all processes of the run came to its start.", LOST)
+  os._exit(128 + number)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+  """Ends this process at once, whatever its other threads are doing."""
+  print(f"srlm: {name() or 'this process'} ends: {message}", file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(code)
+
+
+def _short(error: BaseException) -> str:
+  """The first line of a library's message."""
+  return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fail(error: BaseException) -> NoReturn:
+  """Shows the error, tells the others and ends this process: an orderly exit would wait for them."""
+  if isinstance(error, SystemExit):
+    code, message = (error.code, "") if isinstance(error.code, int) else (1, str(error.code))
+  elif isinstance(error, PeerLost):
+    code, message = LOST, str(error)
+  else:
+    traceback.print_exception(error)
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LIBRARIES_LOST)
+    code, message = LOST if lost else 1, f"{type(error).__name__}: {_short(error)}"
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    _client().key_value_set(f"srlm/ended/{jax_distributed.global_state.process_id}", message or f"exit code {code}")
+    if writes():  # It is the coordinator: with it the message would go.
+      time.sleep(3 * _beat())
+  _leave(message, code)
+
+
+class _Peer:
+  """What is known of another process, and since when."""
+
+  def __init__(self) -> None:
+    self.word, self.heard = "", time.monotonic()
+    self.count, self.moved, self.where = -1, time.monotonic(), "start"
+
+  def hear(self, word: str) -> None:
+    """Takes its newest sign of life: a number, how often it moved, and where it is."""
+    if word == self.word:
+      return
+    self.word, self.heard = word, time.monotonic()
+    _, count, self.where = json.loads(word)
+    if count != self.count:
+      self.count, self.moved = count, time.monotonic()
+
+
+def _watch(over: threading.Event) -> None:
+  """Gives signs of life and looks for those of the others, until it is over or one of them fails."""
+  client, state = _client(), jax_distributed.global_state
+  peers = [_Peer() for _ in range(state.num_processes)]
+  reached = time.monotonic()
+  for number in itertools.count():
+    if over.wait(_beat()):
+      return
+    try:
+      client.key_value_set(f"srlm/alive/{state.process_id}", json.dumps([number, *_progress]), True)
+      words = client.key_value_dir_get("srlm/alive/")
+      ended = client.key_value_dir_get("srlm/ended/")
+      reached = time.monotonic()
+    except jax.errors.JaxRuntimeError as error:
+      if time.monotonic() - reached > _silent():
+        _leave(f"process 0, the coordinator, does not answer: {_short(error)}", LOST)
+      continue
+    for path, word in words:
+      peers[int(path.rpartition("/")[2])].hear(word)
+    for path, message in ended:
+      if (peer := path.rpartition("/")[2]) != str(state.process_id):
+        _leave(f"process {peer} ended: {message}", LOST)
+    _check(peers)
+
+
+def _check(peers: list[_Peer]) -> None:
+  """Leaves where a process is silent or stuck."""
+  now = time.monotonic()
+  for number, peer in enumerate(peers):
+    if now - peer.heard > _silent():
+      _leave(f"process {number} has given no sign of life for {now - peer.heard:.0f} s (at {peer.where!r}).", LOST)
+  behind = min(peers, key=lambda peer: peer.count)
+  if now - behind.moved > _stuck():
+    _leave(
+      f"process {peers.index(behind)} has got nowhere for {now - behind.moved:.0f} s; the processes are at "
+      + ", ".join(f"{number}: {peer.where!r}" for number, peer in enumerate(peers)),
+      LOST,
+    )
