@@ -61,6 +61,7 @@ trap : TERM # The program gets it, too; its exit code is still wanted.
 echo $$ >~/srlm/run/pid
 cd ~/srlm/code
 code=0
+export SRLM_PROCESSES=auto # One on each worker: JAX finds them.
 (
   if [[ -f ~/srlm_env ]]; then
     . ~/srlm_env

@@ -135,7 +135,7 @@ def barrier(what: str, seconds: float | None = None) -> None:
   progress(f"after {what}")
 
 
-def place(tree: T, sharding: jax.sharding.Sharding) -> T:
+def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """Host arrays, the same in every process, as global arrays of which each device holds its part."""
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)

@@ -112,7 +112,7 @@ def train(
     pending: tuple[int, train_step.Metrics] | None = None
     said = started = time.monotonic()
     for index in range(first, optimizer.steps):
-      batch = distributed.place(batches[index], rows)
+      batch: train_step.Batch = distributed.place(dict(batches[index]), rows)
       state, metrics = step_fn(state, batch, jnp.uint32(seed))
       if pending:  # One step late, so that the device never waits for the host.
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
