@@ -4,8 +4,8 @@ Every process runs the same host code on the same data, all device work is one p
 alone writes files.  A process that is lost, stuck or failed ends the others with a message and `LOST`, the exit code
 after which a launcher starts all of them again; the run then goes on where it was.  Alone, all of this does nothing.
 
-The environment says who takes part: SRLM_COORDINATOR (host:port), SRLM_PROCESSES and SRLM_PROCESS, which
-launch/local_pod.sh sets, or SRLM_PROCESSES=auto where JAX finds them by itself (Cloud TPU, GKE, Slurm).
+The environment says who takes part: SRLM_COORDINATOR (host:port), SRLM_PROCESSES and SRLM_PROCESS, set by
+whoever starts them, or SRLM_PROCESSES=auto where JAX finds them by itself (Cloud TPU, GKE, Slurm).
 SRLM_SILENT_SECONDS (300) is how long a process may give no sign of life, SRLM_STUCK_SECONDS (1800) how long it may live
 and get nowhere.
 """
