@@ -32,7 +32,7 @@ def base() -> config_dict.ConfigDict:
     remat="full",
     max_length=2048,  # unstated; Llama 2's own limit is 4,096.
     logits_chunk=512,  # Sequence positions whose logits exist at once.
-    attention="auto",  # "splash" on TPU, "cudnn" on GPU, "xla" elsewhere: or one of these.
+    attention="auto",  # "splash" on TPU, "xla" elsewhere; "cudnn", for GPUs, by name alone: it is untried.
   )
   c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all devices that are left.
 

@@ -34,6 +34,7 @@ class Measured:
   peak: float = 0.0
   arguments: float = 0.0
   flops: float = 0.0
+  read: float = 0.0
   traffic: float = 0.0
   network: float = 0.0
   collectives: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -61,7 +62,7 @@ def describe(topology: str) -> list[jax.Device]:
   )
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  except Exception as error:
+  except RuntimeError as error:
     raise ValueError(
       f"no TPU compiler for {topology}: {error}. It comes with pip install -e '.[tpu]'; slices of {kind.name}: "
       f"{', '.join(kind.slices)}."
@@ -104,6 +105,7 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
     peak=memory.peak_memory_in_bytes,
     arguments=memory.argument_size_in_bytes,
     flops=cost.flops + kernels,
+    read=cost.read,
     traffic=cost.read + cost.written,
     network=network,
     collectives={f"{kind} among {group}": size for (kind, group), size in sorted(cost.network.items())},
@@ -141,6 +143,7 @@ def calls(settings: config_dict.ConfigDict) -> dict[str, float]:
   answers = c.prompts.count * c.responses.n
   votes = answers * c.judge.votes
   rows = max(c.generation.rows, 1)
+  prompts = max(rows // c.responses.n, 1)  # Of the prefill that is measured.
   decoded = c.prompts.max_proposals * c.prompts.sampling.max_new
   decoded += answers * c.responses.sampling.max_new + votes * c.judge.sampling.max_new
   steps = {name: c[name].steps or -(-count * c[name].epochs // c[name].batch) for name, count in _examples(c).items()}
@@ -148,7 +151,7 @@ def calls(settings: config_dict.ConfigDict) -> dict[str, float]:
     "sft": 2.0 * steps["sft"],  # The baseline and M1.
     "dpo": iterations * steps["dpo"],
     "reference": iterations * c.prompts.count / c.dpo.batch,
-    "prefill": iterations * (c.prompts.max_proposals + answers / c.responses.n + votes / c.judge.votes) / rows,
+    "prefill": iterations * (c.prompts.max_proposals + c.prompts.count + answers) / prompts,
     "decode": iterations * decoded / rows,
   }
 
@@ -194,6 +197,8 @@ def table(topology: str, found: Sequence[Measured], settings: config_dict.Config
     else:
       parts = ", ".join(f"{kind}: {size / 1e9:.2f}" for kind, size in one.collectives.items() if size > 1e7)
       lines += ["", f"{one.name}, network GB: {parts or 'none'}"]
+      if one.name == "decode":  # Its arguments are weights and cache.
+        lines += [f"decode reads {one.read / one.arguments:.3f} times the bytes of weights and cache"]
   note = (
     "All per chip and call. Call: the longest of compute, memory and network. Hours: of the whole run, every text at "
   )

@@ -254,11 +254,14 @@ def test_a_dropped_connection_loses_and_repeats_nothing(cloud):
   assert done.stdout == cloud.log(0)
 
 
-@pytest.mark.faults  # It waits for processes; on a busy machine too long.
 def test_the_same_command_joins_a_program_that_still_runs(cloud):
   cloud.plan(workers=2)
   cloud.program("echo begin; while [ ! -e $FAKE_GCLOUD/go ]; do sleep 0.05; done; echo end")
+  before = signal.signal(
+    signal.SIGINT, signal.default_int_handler
+  )  # A background shell has it ignored, by children too.
   first = subprocess.Popen(**cloud.command("run"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+  signal.signal(signal.SIGINT, before)
   cloud.wait_for(lambda: (cloud.logs / "worker-1.log").exists() and "begin" in cloud.log(1))
   cloud.wait_for(lambda: "begin" in cloud.log(0))
   assert "another launcher watches" in cloud.call("run").stderr

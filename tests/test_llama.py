@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -283,8 +284,10 @@ def test_parameter_counts(size: str, count: int) -> None:
 def test_every_size_divides_over_a_pod() -> None:
   for name in ("llama2_7b", "llama2_13b", "llama2_70b"):
     model = jax.eval_shape(lambda name=name: llama.Llama(llama.SIZES[name], jax.random.key(0)))
-    mesh.shardings(model, mesh.make_mesh(fsdp=1, tensor=8))
-    mesh.shardings(model, mesh.make_mesh(fsdp=8))
+    for sizes in (dict(fsdp=1, tensor=8), dict(fsdp=8)):
+      parts = mesh.shardings(model, mesh.make_mesh(**sizes))
+      gate = parts.layers.gate.get_value()
+      assert math.prod(gate.shard_shape(model.layers.gate.shape)) * 8 == math.prod(model.layers.gate.shape)
 
 
 @pytest.mark.parametrize(

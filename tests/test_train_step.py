@@ -90,3 +90,45 @@ def test_schedules_rise_and_fall_to_the_end_rate(decay, middle):
 def test_an_unknown_decay_is_refused():
   with pytest.raises(ValueError, match="'cosine' or 'linear'"):
     train_step.schedule(train_step.OptimizerConfig(1.0, 0.1, 10, decay="step"))
+
+
+def rows_of(seed, count):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(4, 8, count)
+  return make_batch([batching.Example((*rng.integers(3, 29, length).tolist(), 2), 2) for length in lengths])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_batch_in_parts_is_the_same_update(kind):
+  model, batch = llama.Llama(CONFIG, jax.random.key(4)), rows_of(0, 8)
+  loss_fn = functools.partial(train_step.sft_loss, chunk=0)
+  if kind == "dpo":
+    reference = logprobs.sequence_logprobs(model, batch, 0) - jnp.arange(8.0)
+    batch |= {"reference_chosen": reference[:4], "reference_rejected": reference[4:]}
+    loss_fn = functools.partial(train_step.dpo_loss, chunk=0, beta=0.1)
+  whole, figures = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
+  for count in (2, 4):
+    grads, metrics = train_step._gradients(model, batch, jax.random.key(0), loss_fn, count)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+      np.testing.assert_allclose(one, other, atol=2e-6)
+    assert metrics.keys() == figures.keys()
+    for name, value in figures.items():
+      assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+
+
+def test_pairs_stay_together_in_parts():
+  rows = jnp.arange(8)[:, None]  # Chosen 0 to 3, rejected 4 to 7.
+  batch = {"tokens": rows, "reference_chosen": rows[:4, 0], "reference_rejected": rows[4:, 0]}
+  parts = train_step.parts(batch, 2)
+  chosen, rejected = jnp.split(parts["tokens"][..., 0], 2, axis=1)
+  np.testing.assert_array_equal(rejected, chosen + 4)
+  np.testing.assert_array_equal(parts["reference_chosen"], chosen)
+  np.testing.assert_array_equal(parts["reference_rejected"], rejected)
+
+
+def test_the_first_moment_may_be_bfloat16():
+  model = llama.Llama(CONFIG, jax.random.key(5))
+  config = train_step.OptimizerConfig(lr=1e-3, end_lr=1e-4, steps=2, moments="bfloat16")
+  kinds = [str(leaf.dtype) for leaf in jax.tree.leaves(train_step.init(model, train_step.optimizer(config)).opt_state)]
+  weights = len(jax.tree.leaves(model))
+  assert kinds.count("bfloat16") == weights and kinds.count("float32") == weights
