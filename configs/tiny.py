@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   # At 4e-5 for 100 steps M3 was wrecked: its pairs are so alike that a high rate unlearns what they share.
   c.dpo.update(lr=2e-5, end_lr=2e-6, batch=32, steps=60, warmup=10)
   c.generation.update(rows=384, shard=1024)
+  c.generation.mesh.tensor = 1  # Every device holds so small a model.
   c.evaluate.update(grader="oracle", samples=2)
   c.evaluate.sampling.update(max_new=40)
   if variant == "smoke":

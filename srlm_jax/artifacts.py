@@ -5,10 +5,11 @@ beside it with records, bytes and SHA-256), and `manifest.json` (written last: i
 artifact is made from is its configuration and its inputs' digests: a folder made from others is refused, never mixed.
 
 Of several processes all make the same calls, and process 0 alone looks at what is there and writes: a written file is
-there for all of them once the call returns.
+there for all of them once the call returns.  Shards alone may be shared out (`map_shards`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -240,32 +241,57 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 Item = TypeVar("Item")
+Tool = TypeVar("Tool")
 
 
 def map_shards(
-  out: Artifact, stem: str, items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Sequence[records.Record]]
+  out: Artifact,
+  stem: str,
+  items: Sequence[Item],
+  size: int,
+  mesh: jax.sharding.Mesh,
+  load: Callable[[], Tool],
+  work: Callable[[Tool, Sequence[Item]], Sequence[records.Record]],
 ) -> None:
-  """Runs `work` over `items` in shards of `size`, each written when done; finished shards are not done again."""
+  """Works through `items` in shards of `size`, each written when done; finished shards are not done again.
+
+  Args:
+    out: gets the files STEM-00000-of-00012.jsonl and so on.
+    stem: of their names.
+    items: what is worked on; processes on meshes of their own share the shards out, all others do each together.
+    size: items of a shard.
+    mesh: of the work.
+    load: gives what the work needs (a model, say); called once, by all processes, and only if a shard is missing.
+    work: the records of one shard.
+  """
   total = -(-len(items) // size)
+  names = [f"{stem}-{index:05d}-of-{total:05d}.jsonl" for index in range(total)]
+  missing = distributed.first(
+    f"look at {out.folder / stem}", lambda: [index for index, name in enumerate(names) if not out._has(name)]
+  )
+  if not missing:
+    return
+  tool = load()
+  apart = distributed.apart(mesh)
+  mine = missing[jax.process_index() :: jax.process_count()] if apart else missing
   started, fresh = time.monotonic(), 0
-  for index in range(total):
-    name = f"{stem}-{index:05d}-of-{total:05d}.jsonl"
-    if out.has(name):
-      continue
-    part = items[index * size : (index + 1) * size]
-    out.write_records(name, work(part))
-    fresh += len(part)
-    rate = fresh / (time.monotonic() - started)
-    left = (len(items) - min((index + 1) * size, len(items))) / rate
-    logger.info(
-      "%s: %s %d of %d, %.1f a second, %.0f s left",
-      out.folder,
-      stem,
-      min((index + 1) * size, len(items)),
-      len(items),
-      rate,
-      left,
-    )
+  with distributed.alone() if apart else contextlib.nullcontext():
+    for number, index in enumerate(mine, 1):
+      part = items[index * size : (index + 1) * size]
+      out.write_records(names[index], work(tool, part))
+      fresh += len(part)
+      rate = fresh / (time.monotonic() - started)
+      logger.info(
+        "%s: %s, shard %d of %d%s, %.1f a second, %.0f s left",
+        out.folder,
+        stem,
+        number,
+        len(mine),
+        f" of this process ({len(missing)} of all)" if apart else "",
+        rate,
+        (len(mine) - number) * size / rate,
+      )
+  distributed.barrier(f"all of {out.folder / stem}")
 
 
 def unknown(name: str, valid: Sequence[str], what: str) -> ValueError:

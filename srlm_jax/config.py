@@ -89,9 +89,11 @@ def base() -> config_dict.ConfigDict:
   )
   c.pairs = dict(margin=0.0, min_pairs=1)  # chosen − rejected must exceed the margin; fewer pairs stop the run.
   c.generation = dict(
-    rows=64,  # Decoded at once.
-    shard=256,  # Prompts or responses in a shard file.
-    mesh=dict(data=-1, fsdp=1, tensor=0),  # Of sampling: weights that stay where they are; tensor=0: as `mesh`.
+    rows=64,  # Decoded at once; by each process, where processes sample apart.
+    shard=256,  # Prompts or responses in a shard file: what a process takes on at once.
+    # Of sampling: weights that stay where they are; tensor=0: as `mesh`. With data=-1 processes sample apart, if the
+    # rest divides the devices of each.
+    mesh=dict(data=-1, fsdp=1, tensor=0),
   )
 
   c.evaluate = dict(

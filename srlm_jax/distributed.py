@@ -1,17 +1,21 @@
 """Several processes as one program: joining, agreeing, and ending together.
 
-Every process runs the same host code on the same data, all device work is one program over all devices, and process 0
-alone writes files.  A process that is lost, stuck or failed ends the others with a message and `LOST`, the exit code
-after which a launcher starts all of them again; the run then goes on where it was.  Alone, all of this does nothing.
+Every process runs the same host code on the same data, device work is one program over all devices, and process 0 alone
+writes files.  Sampling alone is shared out, where a process's own devices hold the model: each then works on shards of
+its own and writes them (`apart`, `alone`).
+
+A process that is lost, stuck or failed ends the others with a message and `LOST`, the exit code after which a launcher
+starts all of them again; the run then goes on where it was.  In a process without others all of this does nothing.
 
 The environment says who takes part: SRLM_COORDINATOR (host:port), SRLM_PROCESSES and SRLM_PROCESS, set by
 whoever starts them, or SRLM_PROCESSES=auto where JAX finds them by itself (Cloud TPU, GKE, Slurm).
-SRLM_SILENT_SECONDS (300) is how long a process may give no sign of life, SRLM_STUCK_SECONDS (1800) how long it may live
-and get nowhere.
+SRLM_SILENT_SECONDS (300) is how long a process may give no sign of life, SRLM_STUCK_SECONDS (1800) how long all of them
+may live and get nowhere.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
+import contextvars
 import ctypes
 import functools
 import itertools
@@ -29,13 +33,14 @@ import jax
 from jax._src import distributed as jax_distributed  # The coordination service has no public name.
 
 LOST = 75  # EX_TEMPFAIL: start it again.
-NEVER = 10**6  # Seconds. JAX's own heartbeat ends a process without a word and with another code: ours comes first.
+NEVER = 10**6  # Seconds. JAX's own time-outs end a process without a word and with another code: ours come first.
 LIBRARIES_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "coordination service")
 
 T = TypeVar("T")
 
 _calls = itertools.count()  # Numbers what all processes do together: the same number must be the same thing.
 _progress: list[Any] = [0, "start"]  # How often this process has moved, and where it was.
+_alone = contextvars.ContextVar("alone", default=False)  # Whether this thread works without the others for a while.
 
 
 class PeerLost(RuntimeError):
@@ -61,12 +66,32 @@ def _beat() -> float:
 
 def _client() -> Any:
   """The coordination service; None in a process that is alone."""
-  return jax_distributed.global_state.client
+  return None if _alone.get() else jax_distributed.global_state.client
 
 
 def writes() -> bool:
-  """Whether this process is the one that writes files: process 0."""
-  return jax_distributed.global_state.process_id == 0
+  """Whether this process is the one that writes files: process 0, or one that works alone."""
+  return jax_distributed.global_state.process_id == 0 or _alone.get()
+
+
+def apart(mesh: jax.sharding.Mesh) -> bool:
+  """Whether the mesh is of this process alone, where there are others: then each can do another part of the work."""
+  return jax.process_count() > 1 and not mesh.is_multi_process
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+  """Within, this process works and writes as if there were no other; what it calls must not wait for one."""
+  before = _alone.set(True)
+  try:
+    yield
+  finally:
+    _alone.reset(before)
+
+
+def by_gloo() -> bool:
+  """Whether the devices are CPUs of processes that talk through gloo."""
+  return _client() is not None and jax.default_backend() == "cpu"
 
 
 def name() -> str:
@@ -91,11 +116,11 @@ def first(what: str, work: Callable[[], T]) -> T:
     work: is called by process 0 alone.
 
   Raises:
-    PeerLost: process 0 was not done in SRLM_STUCK_SECONDS, or is gone.
+    PeerLost: process 0 is gone.
   """
   client = _client()
   if client is None:
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not _alone.get():
       raise RuntimeError(f"{jax.process_count()} processes that do not know each other: set SRLM_PROCESSES=auto.")
     return work()
   key = f"srlm/first/{next(_calls)} {what}"
@@ -105,7 +130,7 @@ def first(what: str, work: Callable[[], T]) -> T:
     client.key_value_set(key, text)
   else:
     try:
-      text = client.blocking_key_value_get(key, int(_stuck() * 1000))
+      text = client.blocking_key_value_get(key, NEVER * 1000)  # Where nobody moves any more, `_watch` ends it.
     except jax.errors.JaxRuntimeError as error:
       raise PeerLost(f"process 0 did not finish {what!r}: {_short(error)}") from error
   progress(f"after {what}")
@@ -117,12 +142,14 @@ def agree(what: str, value: T) -> T:
   return first(what, lambda: value)
 
 
-def barrier(what: str, seconds: float | None = None) -> None:
-  """Waits until every process is here; PeerLost, naming those that are not, after `seconds` (SRLM_STUCK_SECONDS)."""
+def barrier(what: str, seconds: float = NEVER) -> None:
+  """Waits until every process is here; PeerLost, naming those that are not, after `seconds`.
+
+  Without `seconds` it waits as long as any process moves: some may have more to do than others.
+  """
   client, state = _client(), jax_distributed.global_state
   if client is None:
     return
-  seconds = _stuck() if seconds is None else seconds
   key = f"srlm/barrier/{next(_calls)} {what}"
   progress(what)
   client.key_value_set(f"{key}/{state.process_id}", "here")
@@ -181,7 +208,7 @@ def session() -> Iterator[None]:
 def _join() -> bool:
   """Joins the run that the environment describes; whether there is one."""
   count = os.environ.get("SRLM_PROCESSES", "1")
-  if count == "1":
+  if count == "1" and "SRLM_COORDINATOR" not in os.environ:
     return False
   signal_abort = ctypes.CDLL(None).signal
   signal_abort(signal.SIGABRT, _on_abort)
@@ -296,10 +323,10 @@ def _check(peers: list[_Peer]) -> None:
   for number, peer in enumerate(peers):
     if now - peer.heard > _silent():
       _leave(f"process {number} has given no sign of life for {now - peer.heard:.0f} s (at {peer.where!r}).", LOST)
-  behind = min(peers, key=lambda peer: peer.count)
-  if now - behind.moved > _stuck():
+  still = now - max(peer.moved for peer in peers)  # One that waits for another is not stuck while that one moves.
+  if still > _stuck():
     _leave(
-      f"process {peers.index(behind)} has got nowhere for {now - behind.moved:.0f} s; the processes are at "
+      f"no process has got anywhere for {still:.0f} s; they are at "
       + ", ".join(f"{number}: {peer.where!r}" for number, peer in enumerate(peers)),
       LOST,
     )

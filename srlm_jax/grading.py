@@ -1,7 +1,7 @@
 """Which of two answers is better: by the world's oracle, or by a judge model that sees both orders (paper §3.2)."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 from srlm_jax import generator, metrics, records, rollout, sampling, templates, world
 
@@ -15,43 +15,60 @@ def align(ours: Sequence[records.Response], theirs: Sequence[records.Response]) 
   return [(one, other[one.prompt_id, one.sample]) for one in ours if (one.prompt_id, one.sample) in other]
 
 
-def _grouped(pairs: Sequence[Pair], outcomes: Sequence[int | None]) -> tuple[Outcomes, int]:
+def grouped(duels: Iterable[records.Duel]) -> tuple[Outcomes, int]:
+  """The readable outcomes by prompt, and how many were unreadable."""
   groups: dict[str, list[int]] = {}
-  for (ours, _), outcome in zip(pairs, outcomes, strict=True):
-    group = groups.setdefault(ours.prompt_id, [])
-    if outcome is not None:
-      group.append(outcome)
-  return list(groups.values()), sum(outcome is None for outcome in outcomes)
+  unreadable = 0
+  for duel in duels:
+    group = groups.setdefault(duel.prompt_id, [])
+    if duel.outcome is None:
+      unreadable += 1
+    else:
+      group.append(duel.outcome)
+  return list(groups.values()), unreadable
 
 
-def by_oracle(pairs: Sequence[Pair]) -> tuple[Outcomes, int]:
-  """The outcomes by the world's ground truth; none is unreadable."""
+def by_oracle(pairs: Sequence[Pair]) -> list[records.Duel]:
+  """Duels decided by the world's ground truth; none is unreadable."""
   scores = [tuple(world.oracle(one.prompt, one.text) for one in pair) for pair in pairs]
-  return _grouped(pairs, [(ours > theirs) - (ours < theirs) for ours, theirs in scores])
+  return [
+    records.Duel(prompt_id=pair[0].prompt_id, sample=pair[0].sample, outcome=(ours > theirs) - (ours < theirs))
+    for pair, (ours, theirs) in zip(pairs, scores, strict=True)
+  ]
 
 
 def by_judge(
-  pairs: Sequence[Pair], speaker: rollout.Speaker, template: templates.Pairwise, how: sampling.Sampling
-) -> tuple[Outcomes, int]:
-  """The outcomes by a judge model: each pair in both orders, a disagreement is a tie; and how many were unreadable."""
+  speaker: rollout.Speaker, pairs: Sequence[Pair], against: str, template: templates.Pairwise, how: sampling.Sampling
+) -> list[records.Duel]:
+  """Duels decided by a judge model, each pair in both orders, a disagreement being a tie.
+
+  Args:
+    speaker: the judge.
+    pairs: answers side by side.
+    against: name of the second model: it names the draws, so that those of other duels are others.
+    template: the judge's prompt.
+    how: sampling of verdicts.
+  """
   engine = speaker.generator(how)
   requests = []
-  for index, (ours, theirs) in enumerate(pairs):
+  for ours, theirs in pairs:
     for order, (a, b) in enumerate(((ours, theirs), (theirs, ours))):
       tokens = speaker.chat(template.fill(ours.prompt, a.text, b.text))
-      requests.append(generator.Request(f"duel {index} {order} {ours.prompt_id} {ours.sample}", tokens, 1))
+      requests.append(generator.Request(f"duel {against} {order} {ours.prompt_id} {ours.sample}", tokens, 1))
   fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
-  verdicts = {
-    request.name: templates.parse_verdict(speaker.tokenizer.decode(completion.tokens))
-    for request, (completion,) in engine.generate(fitting)
-    if completion.finished  # One that the length limit cut has not come to its verdict.
-  }
-  both = [verdicts.get(request.name) for request in requests]
-  outcomes = [metrics.both_orders(both[2 * index], both[2 * index + 1]) for index in range(len(pairs))]
-  return _grouped(pairs, outcomes)
-
-
-Grader = Callable[[Sequence[Pair]], tuple[Outcomes, int]]
+  completions = {request.name: completion for request, (completion,) in engine.generate(fitting)}
+  duels = []
+  for (ours, _), *both in zip(pairs, requests[::2], requests[1::2], strict=True):
+    texts, verdicts = [], []
+    for completion in (completions.get(request.name) for request in both):
+      texts.append(speaker.tokenizer.decode(completion.tokens) if completion else "")
+      # One that the length limit cut has not come to its verdict.
+      verdicts.append(templates.parse_verdict(texts[-1]) if completion and completion.finished else None)
+    outcome = metrics.both_orders(*verdicts)
+    duels.append(
+      records.Duel(prompt_id=ours.prompt_id, sample=ours.sample, outcome=outcome, verdicts=(texts[0], texts[1]))
+    )
+  return duels
 
 
 def reasons(judgements: Sequence[records.Judgement]) -> dict[str, int]:

@@ -270,7 +270,7 @@ class Llama(nnx.Module):
       step = jax.checkpoint(step, prevent_cse=False)
     elif config.remat == "minimal":
       step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_BTD, _ = jax.lax.scan(step, x_BTD, (self.layers, layer_keys))
+    x_BTD, _ = mesh.scan(step, x_BTD, (self.layers, layer_keys))
     return _rms_norm(x_BTD, self.norm, config.norm_eps)
 
   def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
@@ -291,7 +291,7 @@ class Llama(nnx.Module):
       mixed_BTKGH = attention.causal(self.config.attention, q, k, v, valid_BS.astype(jnp.int32))
       return weights.finish(x_BTD, mixed_BTKGH), (k.astype(dtype), v.astype(dtype))
 
-    x_BTD, (keys, values) = jax.lax.scan(step, self._embed(tokens_BT), self.layers)
+    x_BTD, (keys, values) = mesh.scan(step, self._embed(tokens_BT), self.layers)
     return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(
       keys_LBKHS=mesh.constrain(keys, CACHE_KEYS),
       values_LBKSH=mesh.constrain(values, CACHE_VALUES),
@@ -333,7 +333,7 @@ class Llama(nnx.Module):
       return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None
 
     carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)
-    (x_BTD, keys, values), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
+    (x_BTD, keys, values), _ = mesh.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
     return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, start + count)
 
   def logits(self, hidden: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from srlm_jax import llama
+from srlm_jax import llama, mesh
 
 
 def target_mask(targets_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
@@ -41,11 +41,11 @@ def next_token_logprobs(model: llama.Llama, hidden_BTD: jax.Array, tokens_BT: ja
   following = jnp.pad(following, ((0, 0), (0, extra))).reshape(batch, count, chunk).swapaxes(0, 1)
 
   @jax.checkpoint
-  def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+  def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
     states, ids = part
-    return _chunk_logprobs(model, states.reshape(-1, width), ids.reshape(-1)).reshape(batch, chunk)
+    return None, _chunk_logprobs(model, states.reshape(-1, width), ids.reshape(-1)).reshape(batch, chunk)
 
-  out = jax.lax.map(one, (hidden, following))
+  _, out = mesh.scan(one, None, (hidden, following))
   return out.swapaxes(0, 1).reshape(batch, count * chunk)[:, :steps]
 
 

@@ -5,7 +5,7 @@ to mesh axes.  "data" and "fsdp" split the batch, "fsdp" also the parameters, "t
 vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any, TypeVar
 
@@ -14,8 +14,13 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from srlm_jax import distributed
+
 Axes = tuple[str | None, ...]
 T = TypeVar("T")
+Carry = TypeVar("Carry")
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Activations.  Their features stay whole, so that "embed" below splits parameters alone.
@@ -150,6 +155,15 @@ def constrain(array: jax.Array, axes: Axes) -> jax.Array:
     for size, part in zip(array.shape, spec(axes), strict=True)
   ]
   return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))
+
+
+def scan(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
+  """`jax.lax.scan`, written out step by step where processes on CPUs talk through gloo.
+
+  XLA's CPU runtime starts a collective as soon as those before it have begun, and a loop has begun long before the
+  collectives in it are through: each process would then take those of the loop and those behind it in another order.
+  """
+  return jax.lax.scan(step, carry, xs, unroll=distributed.by_gloo())
 
 
 def ways(axis: str) -> int:

@@ -25,6 +25,14 @@ class Prompt(Record):
   source: str  # "oasst", "world", "m1" … : who wrote it.
 
 
+class Proposal(Record):
+  """What the writer of new prompts added to one few-shot prompt; no text where that was too long for the writer."""
+
+  name: str
+  text: str | None
+  finished: bool = False  # Ended by its end token, not by the length limit.
+
+
 class SFTExample(Record):
   """One supervised example; the loss falls on `response` and its end token only.
 
@@ -80,6 +88,18 @@ class Judgement(Record):
   sample: int
   votes: tuple[Vote, ...]
   score: float | None
+
+
+class Duel(Record):
+  """One comparison of two models' answers to a prompt: +1 the first is better, 0 a tie, -1 the second, None unreadable.
+
+  `verdicts` are a judge model's own texts, in the order first-second and in the order second-first.
+  """
+
+  prompt_id: str
+  sample: int
+  outcome: int | None
+  verdicts: tuple[str, ...] = ()
 
 
 class PreferencePair(Record):

@@ -111,9 +111,18 @@ def check_start(
 
 
 def sampling_mesh(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-  """The mesh of sampling, over the devices of training's: the same one, unless generation.mesh.tensor is set."""
+  """The mesh of sampling: training's, unless generation.mesh.tensor is set.
+
+  Then it is of the same devices, or of this process's alone where they hold the whole model (generation.mesh.data=-1,
+  and the rest divides them): processes that need not wait for each other sample faster.
+  """
   own = settings.generation.mesh
-  return mesh_lib.make_mesh(**own, devices=list(mesh.devices.flat)) if own.tensor else mesh
+  if not own.tensor:
+    return mesh
+  devices = list(mesh.devices.flat)
+  here = [device for device in devices if device.process_index == jax.process_index()]
+  whole = own.data == -1 and here and len(here) % (own.fsdp * own.tensor) == 0
+  return mesh_lib.make_mesh(**own, devices=here if whole else devices)
 
 
 def check_choices(settings: config_dict.ConfigDict) -> None:
@@ -207,7 +216,7 @@ class _Plan:
     self.add(
       names["prompts"],
       "prompts",
-      ("prompts", "chat"),
+      ("prompts", "chat", "generation.shard"),
       {"writer": writer, "seed": "seed", **earlier},
       self.call(prompts.run),
     )

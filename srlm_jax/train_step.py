@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from srlm_jax import llama, logprobs, losses
+from srlm_jax import llama, logprobs, losses, mesh
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -149,7 +149,7 @@ def _gradients(
     jax.tree.map(jnp.zeros_like, model),
     jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0][1]),
   )
-  (grads, metrics, total), _ = jax.lax.scan(add, (*zeros, jnp.float32(0)), (divided, jnp.arange(accumulate)))
+  (grads, metrics, total), _ = mesh.scan(add, (*zeros, jnp.float32(0)), (divided, jnp.arange(accumulate)))
   grads = jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), grads)
   means = {name: value / total for name, value in metrics.items()}
   return grads, means | ({"target_tokens": total} if "target_tokens" in means else {})

@@ -7,10 +7,12 @@ import shutil
 
 from etils import epath
 import pytest
+import tiny_model
 
 from srlm_jax import artifacts, records
 from srlm_jax.records import Prompt
 
+MESH = tiny_model.one_device()
 PROMPTS = [Prompt(id=f"p{number}", text=f"Say {number}.", source="world") for number in range(7)]
 
 
@@ -80,7 +82,7 @@ def test_a_flipped_bit_is_found(root: epath.Path) -> None:
 def test_shards_are_read_in_their_order(root: epath.Path) -> None:
   out = make(root / "a")
   out.begin()
-  artifacts.map_shards(out, "prompts", PROMPTS, 3, list)
+  artifacts.map_shards(out, "prompts", PROMPTS, 3, MESH, lambda: None, lambda _, part: part)
   out.write_records("others-00000-of-00001.jsonl", PROMPTS[:1])
   assert [path.name for path in sorted((root / "a").glob("prompts-*.jsonl"))] == [
     f"prompts-0000{number}-of-00003.jsonl" for number in range(3)
@@ -91,7 +93,8 @@ def test_shards_are_read_in_their_order(root: epath.Path) -> None:
 def test_an_interrupted_run_does_each_shard_once(root: epath.Path) -> None:
   out, done = make(root / "a"), []
 
-  def work(part: Sequence[Prompt]) -> Sequence[Prompt]:
+  def work(tool: str, part: Sequence[Prompt]) -> Sequence[Prompt]:
+    assert tool == "tool"
     if len(done) == 2:
       raise KeyboardInterrupt
     done.append([one.id for one in part])
@@ -99,16 +102,16 @@ def test_an_interrupted_run_does_each_shard_once(root: epath.Path) -> None:
 
   out.begin()
   with pytest.raises(KeyboardInterrupt):
-    artifacts.map_shards(out, "prompts", PROMPTS, 2, work)
+    artifacts.map_shards(out, "prompts", PROMPTS, 2, MESH, lambda: "tool", work)
   assert done == [["p0", "p1"], ["p2", "p3"]] and not out.done
   again = make(root / "a")
   again.begin()
 
-  def rest(part: Sequence[Prompt]) -> Sequence[Prompt]:
+  def rest(_: None, part: Sequence[Prompt]) -> Sequence[Prompt]:
     done.append([one.id for one in part])
     return part
 
-  artifacts.map_shards(again, "prompts", PROMPTS, 2, rest)
+  artifacts.map_shards(again, "prompts", PROMPTS, 2, MESH, lambda: None, rest)
   assert done == [["p0", "p1"], ["p2", "p3"], ["p4", "p5"], ["p6"]]
   assert list(again.read_shards("prompts", Prompt)) == PROMPTS
 

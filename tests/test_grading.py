@@ -18,6 +18,10 @@ def pairs(*texts: tuple[str, str]) -> list[grading.Pair]:
   return [(response(f"p{n}", 0, a), response(f"p{n}", 0, b)) for n, (a, b) in enumerate(texts)]
 
 
+def judged(both: list[grading.Pair], speaker: tiny_model.Actor) -> tuple[grading.Outcomes, int]:
+  return grading.grouped(grading.by_judge(speaker, both, "m1", SHORT, HOW))
+
+
 def test_answers_to_the_same_prompt_and_sample_stand_side_by_side() -> None:
   ours = [response("p", 0, "a"), response("p", 1, "b"), response("q", 0, "c"), response("r", 0, "d")]
   theirs = [response("r", 0, "z"), response("q", 1, "y"), response("p", 1, "x"), response("p", 0, "w")]
@@ -37,12 +41,12 @@ def liking(word: str) -> object:
 
 def test_a_judge_who_sees_the_difference_finds_the_winner() -> None:
   both = pairs(("A crow.", "Stone."), ("Stone.", "A crow."), ("Stone.", "Stone."))
-  assert grading.by_judge(both, tiny_model.actor(liking("crow")), SHORT, HOW) == ([[1], [-1], [0]], 0)
+  assert judged(both, tiny_model.actor(liking("crow"))) == ([[1], [-1], [0]], 0)
 
 
 def test_each_pair_is_shown_in_both_orders() -> None:
   speaker = tiny_model.actor(liking("crow"))
-  grading.by_judge(pairs(("A crow.", "Stone.")), speaker, SHORT, HOW)
+  judged(pairs(("A crow.", "Stone.")), speaker)
   shown = [prompt.split("First: ")[1].split("\nSecond: ")[0] for prompt in speaker.asked]
   assert sorted(shown) == ["A crow.", "Stone."]
 
@@ -50,7 +54,7 @@ def test_each_pair_is_shown_in_both_orders() -> None:
 @pytest.mark.parametrize("favourite", ["A", "B"])
 def test_a_judge_with_a_favourite_place_decides_nothing(favourite: str) -> None:
   speaker = tiny_model.actor(lambda prompt, sample: f"[[{favourite}]]")
-  assert grading.by_judge(pairs(("crow", "stone"), ("owl", "fox")), speaker, SHORT, HOW) == ([[0], [0]], 0)
+  assert judged(pairs(("crow", "stone"), ("owl", "fox")), speaker) == ([[0], [0]], 0)
 
 
 def test_unreadable_cut_and_too_long_ones_are_counted_and_decide_nothing() -> None:
@@ -61,13 +65,13 @@ def test_unreadable_cut_and_too_long_ones_are_counted_and_decide_nothing() -> No
 
   speaker = tiny_model.actor(script, max_length=200)
   both = pairs(("crow", "stone"), ("owl", "stone"), ("fox", "stone"), ("owl " * 300, "stone"))
-  assert grading.by_judge(both, speaker, SHORT, HOW) == ([[0], [], [], []], 3)
+  assert judged(both, speaker) == ([[0], [], [], []], 3)
 
 
 def test_outcomes_are_grouped_by_prompt() -> None:
   both = [(response("p", n, "crow"), response("p", n, "stone")) for n in (0, 1)]
   both.append((response("q", 0, "stone"), response("q", 0, "crow")))
-  assert grading.by_judge(both, tiny_model.actor(liking("crow")), SHORT, HOW) == ([[1, 1], [-1]], 0)
+  assert judged(both, tiny_model.actor(liking("crow"))) == ([[1, 1], [-1]], 0)
 
 
 def test_the_oracle_compares_its_scores() -> None:
@@ -79,7 +83,7 @@ def test_the_oracle_compares_its_scores() -> None:
   scores = world.oracle(text, best), world.oracle(text, "no idea")
   assert scores[0] > scores[1]
   one, other = (response("p", 0, answer, text) for answer in (best, "no idea"))
-  assert grading.by_oracle([(one, other), (other, one), (one, one)]) == ([[1, -1, 0]], 0)
+  assert grading.grouped(grading.by_oracle([(one, other), (other, one), (one, one)])) == ([[1, -1, 0]], 0)
 
 
 def test_reasons_count_votes() -> None:

@@ -71,15 +71,17 @@ def _from_baseline(
   judging = dataclasses.replace(rollout.judging(settings.judge), votes=section.attempts, min_votes=1, method="sampled")
   ranked = out.inputs["seed"].read("ranked_train.jsonl", records.RankedReplies)
   replies = [(one, place, _rank(one, place)) for one in ranked for place in range(len(one.replies))]
-  speaker = functools.cache(lambda: modelstore.speaker(out.inputs["baseline"], settings, mesh))
+  speaker = functools.partial(modelstore.speaker, out.inputs["baseline"], settings, mesh)
 
-  def judge(part: Sequence[tuple[records.RankedReplies, int, int]]) -> Sequence[records.Judgement]:
+  def judge(
+    speaker: rollout.Speaker, part: Sequence[tuple[records.RankedReplies, int, int]]
+  ) -> Sequence[records.Judgement]:
     candidates = [
       rollout.Candidate(one.prompt_id, place, one.prompt, one.replies[place].text) for one, place, _ in part
     ]
-    return rollout.judge(speaker(), candidates, judging)
+    return rollout.judge(speaker, candidates, judging)
 
-  artifacts.map_shards(out, "judgements", replies, settings.generation.shard, judge)
+  artifacts.map_shards(out, "judgements", replies, settings.generation.shard, mesh, speaker, judge)
   judgements = out.read_shards("judgements", records.Judgement)
   judged = [one for item, judgement in zip(replies, judgements, strict=True) for one in _attempts(*item, judgement)]
   unreadable = sum(one.score is None for one in judged)

@@ -1,6 +1,6 @@
 """evaluate: both skills of a model on held-out data: following instructions and judging (paper §2.5, §3)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -16,16 +16,30 @@ logger = logging.getLogger(__name__)
 
 
 def _duels(
-  out: artifacts.Artifact, answers: list[records.Response], grader: grading.Grader
+  out: artifacts.Artifact,
+  settings: config_dict.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  answers: list[records.Response],
+  others: Mapping[str, artifacts.Artifact],
 ) -> dict[str, dict[str, Any]]:
-  """Head to head against the models of the inputs "against …"."""
-  duels = {}
-  for role, other in sorted(out.inputs.items()):
-    if role.startswith("against "):
-      theirs = list(other.read_shards("answers", records.Response))
-      outcomes, unreadable = grader(grading.align(answers, theirs))
-      duels[role.removeprefix("against ")] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable}
-  return duels
+  """Head to head against other models' evaluations; a judge's verdicts are kept in duels shards."""
+  section, found = settings.evaluate, {}
+  if section.grader == "judge":
+    judge = functools.cache(lambda: modelstore.speaker(out.inputs["judge"], settings, mesh))
+    how = sampling.Sampling(**settings.judge.sampling)
+    template = templates.load_pairwise(section.pairwise)
+  for name, other in others.items():
+    pairs = grading.align(answers, list(other.read_shards("answers", records.Response)))
+    if section.grader == "oracle":
+      duels = grading.by_oracle(pairs)
+    else:
+      work = functools.partial(grading.by_judge, against=name, template=template, how=how)
+      stem = f"duels-{name}"
+      artifacts.map_shards(out, stem, pairs, settings.generation.shard, mesh, judge, work)
+      duels = list(out.read_shards(stem, records.Duel))
+    outcomes, unreadable = grading.grouped(duels)
+    found[name] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable}
+  return found
 
 
 def _oracle_facts(answers: list[records.Response]) -> dict[str, Any]:
@@ -65,21 +79,6 @@ def _judge_facts(
   }
 
 
-def _grader(
-  out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh
-) -> grading.Grader | None:
-  section = settings.evaluate
-  if section.grader == "oracle":
-    return grading.by_oracle
-  if section.grader == "judge":
-    speaker = modelstore.speaker(out.inputs["judge"], settings, mesh)
-    how = sampling.Sampling(**settings.judge.sampling)
-    return functools.partial(
-      grading.by_judge, speaker=speaker, template=templates.load_pairwise(section.pairwise), how=how
-    )
-  return None
-
-
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Writes answers, judgements of held-out replies, and metrics.json. Inputs: "model", "seed", "judge", "against …"."""
   section, seed = settings.evaluate, out.inputs["seed"]
@@ -89,19 +88,20 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   judging = rollout.judging(settings.judge)
   how = sampling.Sampling(**section.sampling)
 
-  def answer(part: Sequence[records.Prompt]) -> list[records.Response]:
-    return rollout.answer(speaker(), part, section.samples, how)
+  def answer(speaker: rollout.Speaker, part: Sequence[records.Prompt]) -> list[records.Response]:
+    return rollout.answer(speaker, part, section.samples, how)
 
-  def judge(part: Sequence[rollout.Candidate]) -> list[records.Judgement]:
-    return rollout.judge(speaker(), part, judging)
+  def judge(speaker: rollout.Speaker, part: Sequence[rollout.Candidate]) -> list[records.Judgement]:
+    return rollout.judge(speaker, part, judging)
 
   candidates = [
     rollout.Candidate(one.prompt_id, place, one.prompt, reply.text)
     for one in ranked
     for place, reply in enumerate(one.replies)
   ]
-  artifacts.map_shards(out, "answers", prompts, settings.generation.shard, answer)
-  artifacts.map_shards(out, "judgements", candidates, settings.generation.shard, judge)
+  artifacts.map_shards(out, "answers", prompts, settings.generation.shard, mesh, speaker, answer)
+  artifacts.map_shards(out, "judgements", candidates, settings.generation.shard, mesh, speaker, judge)
+  speaker.cache_clear()  # Duels may need another model in its place.
   answers = list(out.read_shards("answers", records.Response))
   judgements = list(out.read_shards("judgements", records.Judgement))
   facts: dict[str, Any] = {
@@ -113,9 +113,11 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   }
   if section.grader == "oracle":
     facts["oracle"] = _oracle_facts(answers)
-  grader = _grader(out, settings, mesh) if any(role.startswith("against ") for role in out.inputs) else None
-  if grader:
-    facts["duels"] = _duels(out, answers, grader)
+  others = {
+    role.removeprefix("against "): other for role, other in sorted(out.inputs.items()) if role.startswith("against ")
+  }
+  if others and section.grader != "none":
+    facts["duels"] = _duels(out, settings, mesh, answers, others)
   out.write("metrics.json", json.dumps(facts, indent=1))
   logger.info("%s: %s", out.folder, _headline(facts))
   out.commit(facts)

@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Writes judgements shards, in the order of the responses. Inputs: "model" (M_t) and "responses"."""
   responses = list(out.inputs["responses"].read_shards("responses", records.Response))
-  speaker = functools.cache(lambda: modelstore.speaker(out.inputs["model"], settings, mesh))
+  speaker = functools.partial(modelstore.speaker, out.inputs["model"], settings, mesh)
   judging = rollout.judging(settings.judge)
 
-  def work(part: Sequence[records.Response]) -> list[records.Judgement]:
+  def work(speaker: rollout.Speaker, part: Sequence[records.Response]) -> list[records.Judgement]:
     candidates = [rollout.Candidate(one.prompt_id, one.sample, one.prompt, one.text) for one in part]
-    return rollout.judge(speaker(), candidates, judging)
+    return rollout.judge(speaker, candidates, judging)
 
-  artifacts.map_shards(out, "judgements", responses, settings.generation.shard, work)
+  artifacts.map_shards(out, "judgements", responses, settings.generation.shard, mesh, speaker, work)
   judgements = list(out.read_shards("judgements", records.Judgement))
   votes = Counter(vote.reason or "readable" for judgement in judgements for vote in judgement.votes)
   counts = {

@@ -1,6 +1,7 @@
 """prompts: new instructions by 8-shot prompting, behind Self-Instruct's filters (paper §2.3)."""
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 import functools
 import json
 import logging
@@ -29,27 +30,38 @@ def _demonstrations(settings: config_dict.ConfigDict, seeds: list[str], generate
 
 
 def _propose(
-  speaker: rollout.Speaker, settings: config_dict.ConfigDict, shots: dict[str, list[str]]
-) -> tuple[list[str], Counter[str]]:
-  """The raw tasks of one completion for each few-shot prompt, in their order."""
+  speaker: rollout.Speaker, shots: Sequence[tuple[str, list[str]]], settings: config_dict.ConfigDict
+) -> list[records.Proposal]:
+  """One completion of each (name, demonstrations), in their order."""
   engine = speaker.generator(sampling.Sampling(**settings.prompts.sampling))
-  requests, counts = [], Counter[str]()
-  for name, demonstrations in shots.items():
+  requests = []
+  for name, demonstrations in shots:
     text = templates.few_shot(demonstrations)
     tokens = (
       speaker.chat(text) if settings.prompts.chat else (speaker.tokenizer.bos_id, *speaker.tokenizer.encode(text))
     )
-    if len(tokens) > engine.max_prompt:
-      counts["few-shot prompt too long"] += 1
-    else:
+    if len(tokens) <= engine.max_prompt:
       requests.append(generator.Request(name, tokens, 1))
-  by_name = {request.name: completions[0] for request, completions in engine.generate(requests)}
+  found = {
+    request.name: records.Proposal(
+      name=request.name, text=speaker.tokenizer.decode(completion.tokens), finished=completion.finished
+    )
+    for request, (completion,) in engine.generate(requests)
+  }
+  return [found.get(name, records.Proposal(name=name, text=None)) for name, _ in shots]
+
+
+def _tasks(proposals: Iterable[records.Proposal]) -> tuple[list[str], Counter[str]]:
+  """The raw tasks that the proposals hold, in their order."""
   tasks: list[str] = []
-  for request in requests:
-    completion = by_name[request.name]
-    found, cut = templates.split_tasks(speaker.tokenizer.decode(completion.tokens), completion.finished)
+  counts: Counter[str] = Counter()
+  for proposal in proposals:
+    if proposal.text is None:
+      counts["few-shot prompt too long"] += 1
+      continue
+    found, cut = templates.split_tasks(proposal.text, proposal.finished)
     counts["completions"] += 1
-    counts["completions cut by the length limit"] += not completion.finished
+    counts["completions cut by the length limit"] += not proposal.finished
     counts["tasks cut to the instruction itself"] += cut
     tasks += found
   counts["tasks"] = len(tasks)
@@ -57,7 +69,10 @@ def _propose(
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Writes prompts-round shards until `count` new prompts are there. Inputs: "writer", "seed", "earlier …"."""
+  """Writes rounds of proposals and of the new prompts in them, until `count` are there.
+
+  Inputs: "writer", "seed", "earlier …". A round's demonstrations depend on what the rounds before it kept.
+  """
   section = settings.prompts
   aift = out.folder.parent.name  # Names the draws too, so that iterations do not repeat each other's.
   seed = out.inputs["seed"]
@@ -73,6 +88,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   novelty = filters.NoveltyFilter(section.max_rouge)
   novelty.seed([*seeds, *heldout, *earlier])  # What is held out must not come back as a training prompt.
   speaker = functools.cache(lambda: modelstore.speaker(out.inputs["writer"], settings, mesh))
+  propose = functools.partial(_propose, settings=settings)
   kept: list[str] = []
   totals: Counter[str] = Counter()
   rounds = -(-section.max_proposals // section.per_round)
@@ -87,11 +103,13 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
         novelty.add(text)
     else:
       pool = [*earlier, *kept]
-      shots = {
-        f"{aift} prompt {number}": _demonstrations(settings, seeds, pool, f"{aift} {number}")
+      shots = [
+        (f"{aift} prompt {number}", _demonstrations(settings, seeds, pool, f"{aift} {number}"))
         for number in range(index * section.per_round, min((index + 1) * section.per_round, section.max_proposals))
-      }
-      tasks, counts = _propose(speaker(), settings, shots)
+      ]
+      stem = f"proposals-{index:05d}"
+      artifacts.map_shards(out, stem, shots, settings.generation.shard, mesh, speaker, propose)
+      tasks, counts = _tasks(out.read_shards(stem, records.Proposal))
       fresh, dropped = filters.keep_new(tasks, novelty)
       surplus = max(len(kept) + len(fresh) - section.count, 0)
       fresh = fresh[: len(fresh) - surplus]

@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
   """Writes responses shards. Inputs: "model" (M_t) and "prompts"."""
   prompts = list(out.inputs["prompts"].read_shards("prompts", records.Prompt))
-  speaker = functools.cache(lambda: modelstore.speaker(out.inputs["model"], settings, mesh))
+  speaker = functools.partial(modelstore.speaker, out.inputs["model"], settings, mesh)
   how = sampling.Sampling(**settings.responses.sampling)
 
-  def work(part: Sequence[records.Prompt]) -> list[records.Response]:
-    return rollout.answer(speaker(), part, settings.responses.n, how)
+  def work(speaker: rollout.Speaker, part: Sequence[records.Prompt]) -> list[records.Response]:
+    return rollout.answer(speaker, part, settings.responses.n, how)
 
-  artifacts.map_shards(out, "responses", prompts, settings.generation.shard, work)
+  artifacts.map_shards(out, "responses", prompts, settings.generation.shard, mesh, speaker, work)
   responses = list(out.read_shards("responses", records.Response))
   counts = {
     "prompts": len(prompts),
