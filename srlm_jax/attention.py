@@ -10,15 +10,15 @@ import jax
 from jax.experimental.pallas.ops.tpu import splash_attention
 import jax.numpy as jnp
 
-from srlm_jax import mesh as mesh_lib
+from srlm_jax import mesh
 
 MASKED = -1e30  # Finite, so that a row of padding, which sees nothing, gives no NaN.
 KINDS = ("xla", "splash", "cudnn")
 SPLASH_BLOCK = 128  # Its smallest block: lengths and head dims that it does not divide go to XLA.
 
-QUERIES = ("batch", "length", "kv_heads", "group", "head_dim")
-KEYS = ("batch", "kv_heads", "head_dim", "length")
-VALUES = ("batch", "kv_heads", "length", "head_dim")
+QUERIES: mesh.Axes = ("batch", "length", "kv_heads", "group", "head_dim")
+KEYS: mesh.Axes = ("batch", "kv_heads", "head_dim", "length")
+VALUES: mesh.Axes = ("batch", "kv_heads", "length", "head_dim")
 
 
 def best_for(platform: str) -> str:
@@ -83,12 +83,8 @@ def splash(
     mixed: Any = jax.vmap(kernel)(heads, k.transpose(0, 1, 3, 2), v, ids)  # Residuals too, were they asked for.
     return mixed.reshape(-1, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
 
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return one_device(q_BTKGH, k_BKHS, v_BKSH, segments_BT)
-  specs = tuple(mesh_lib.spec(axes) for axes in (QUERIES, KEYS, VALUES, ("batch", "length")))
-  divided = jax.shard_map(one_device, in_specs=specs, out_specs=specs[0], check_vma=False)
-  return divided(q_BTKGH, k_BKHS, v_BKSH, segments_BT)
+  arrays, names = (q_BTKGH, k_BKHS, v_BKSH, segments_BT), (QUERIES, KEYS, VALUES, ("batch", "length"))
+  return mesh.each_device(one_device, arrays, names, QUERIES)
 
 
 def _kernel(heads: int, length: int, interpret: bool) -> splash_attention.splash_attention_kernel.SplashAttentionKernel:

@@ -48,18 +48,25 @@ CHIPS = {
 
 def chip_of(topology: str) -> Chip:
   """The chip of a topology such as "v5p:4x4x4"; ValueError where there is none."""
-  name = topology.split(":")[0]
+  name = slices_of(topology)[1].split(":")[0]
   if name not in CHIPS:
     raise ValueError(
-      f"{topology!r} is no topology: write one of {', '.join(CHIPS)}, a colon and its shape (v5p:4x4x4)."
+      f"{topology!r} is no topology: write one of {', '.join(CHIPS)}, a colon and its shape (v5p:4x4x4), and before it "
+      "2* where there are two such slices."
     )
   return CHIPS[name]
 
 
+def slices_of(topology: str) -> tuple[int, str]:
+  """The number of slices, and one of them: "2*v5p:4x4x4" is two."""
+  count, star, one = topology.rpartition("*")
+  return (int(count) if star and count.isdigit() else 1), one
+
+
 def size_of(topology: str) -> int:
-  """The number of chips of a topology; ValueError where its shape cannot be read."""
-  shape = topology.partition(":")[2]
-  sizes = shape.split("x")
+  """The number of chips of a topology, of all slices; ValueError where its shape cannot be read."""
+  count, one = slices_of(topology)
+  sizes = one.partition(":")[2].split("x")
   if not all(size.isdigit() and int(size) for size in sizes):
-    raise ValueError(f"{topology!r} has no shape: write {topology.split(':')[0]}:4x4x4, say, or --topology=auto.")
-  return math.prod(int(size) for size in sizes)
+    raise ValueError(f"{topology!r} has no shape: write {one.split(':')[0]}:4x4x4, say, or --topology=auto.")
+  return count * math.prod(int(size) for size in sizes)

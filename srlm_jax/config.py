@@ -34,7 +34,7 @@ def base() -> config_dict.ConfigDict:
     logits_chunk=512,  # Sequence positions whose logits exist at once.
     attention="auto",  # "splash" on TPU, "xla" elsewhere; "cudnn", for GPUs, by name alone: it is untried.
   )
-  c.mesh = dict(data=1, fsdp=-1, tensor=1)  # -1: all devices that are left.
+  c.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1)  # -1: all devices that are left; slice: TPU slices, of several.
 
   c.world = dict(enabled=False)
   c.data = dict(

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from srlm_jax import attention, mesh as mesh_lib
+from srlm_jax import attention, mesh
 
 BLOCKS = (2048, 1024, 512, 256, 128)  # Slots read at once: the largest that divides the cache.
 
@@ -117,16 +117,12 @@ def attend(
     interpret: runs the kernel on a CPU, for tests.
   """
   run = functools.partial(_one_device, interpret=interpret)
-  given = (q_BTKGH[:, 0], keys_LBKHS, values_LBKSH, mask_BS)
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty:
-    names = (
-      ("batch", "kv_heads", "group", "head_dim"),
-      ("layers", *attention.KEYS),
-      ("layers", *attention.VALUES),
-      ("batch", "length"),
-    )
-    specs = tuple(mesh_lib.fitting(array.shape, axes, mesh) for array, axes in zip(given, names, strict=True))
-    nowhere = jax.sharding.PartitionSpec()
-    run = jax.shard_map(run, in_specs=(*specs, nowhere), out_specs=specs[0], check_vma=False)
-  return run(*given, layer)[:, None]
+  names: tuple[mesh.Axes, ...] = (
+    ("batch", "kv_heads", "group", "head_dim"),
+    ("layers", *attention.KEYS),
+    ("layers", *attention.VALUES),
+    ("batch", "length"),
+    (),
+  )
+  arrays = (q_BTKGH[:, 0], keys_LBKHS, values_LBKSH, mask_BS, layer)
+  return mesh.each_device(run, arrays, names, names[0])[:, None]

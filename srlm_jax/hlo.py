@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 BYTES = {
   **{"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8},
   **{"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1},
@@ -66,6 +68,25 @@ def _arrays(text: str) -> tuple[Array, ...]:
       sizes = tuple(int(size) for size in dims.split(",") if size)
       found.append(Array(sizes, math.prod(sizes) * BYTES[kind], "S(" not in layout))
   return tuple(found)
+
+
+def group(rest: str) -> tuple[int, ...]:
+  """The chips of a collective's first group, given its attributes; of a permutation, its first sender and receiver."""
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    among = re.findall(r"'(\w+)'", found[2])
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    order = [*(axis for axis in sizes if axis not in among), *among]
+    ids = ids.transpose([list(sizes).index(axis) for axis in order])
+    return tuple(ids.reshape(-1, math.prod(sizes[axis] for axis in among))[0].tolist())
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]*)\](?:T\(([\d,]*)\))?", rest):
+    dims = [int(size) for size in found[2].split(",")]
+    order = [int(place) for place in found[3].split(",")] if found[3] else list(range(len(dims)))
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+    return tuple(ids.reshape(-1, int(found[1]))[0].tolist())
+  if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", rest):
+    return tuple(int(chip) for chip in found[1].split(","))
+  return (0, 1)
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:

@@ -13,7 +13,7 @@ import functools
 import math
 import re
 
-from srlm_jax.hlo import Instruction, parse
+from srlm_jax.hlo import Instruction, group, parse
 
 FREE = {
   *(
@@ -29,6 +29,7 @@ FREE = {
   ),
   *("copy-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "opt-barrier"),
 }
+BETWEEN = " between slices"  # Ends the kind of a collective that takes the slower network.
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -112,28 +113,16 @@ def _dot_flops(op: Instruction, left: Instruction) -> float:
   return 2.0 * math.prod(op.arrays[0].dims) * math.prod(sizes)
 
 
-def group_size(rest: str) -> int:
-  """Chips that take part in one group of a collective."""
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-    return int(found[1])
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-    return found[1].count(",") + 1
-  return 2  # A permutation: each chip sends to one.
-
-
 def _sent(kind: str, op: Instruction) -> float:
   """Bytes that one chip sends, by a ring among its group; `op` is the collective, its last array the result."""
-  size, group = sum(array.bytes for array in op.arrays), group_size(op.rest)
+  size, among = sum(array.bytes for array in op.arrays), len(group(op.rest))
   if op.opcode.endswith("-start"):  # (operand, result, …)
     size = max(array.bytes for array in op.arrays)
-  share = (group - 1) / group
+  share = (among - 1) / among
   return {
     "all-gather": size * share,
     "all-reduce": 2 * size * share,
-    "reduce-scatter": size * (group - 1),
+    "reduce-scatter": size * (among - 1),
     "all-to-all": size * share,
     "collective-permute": size,
   }[kind]
@@ -147,8 +136,8 @@ def _whole(instructions: Iterable[Instruction]) -> list[int]:
 class _Walk:
   """Costs of computations, each computed once."""
 
-  def __init__(self, computations: dict[str, dict[str, Instruction]]) -> None:
-    self.computations = computations
+  def __init__(self, computations: dict[str, dict[str, Instruction]], slice_chips: int) -> None:
+    self.computations, self.slice_chips = computations, slice_chips
     self.of = functools.cache(self._of)
 
   def trips(self, loop: Instruction) -> int:
@@ -210,10 +199,16 @@ class _Walk:
       name = op.called("calls")[0]
       found = sum((self._network(one) for one in self.computations[name].values()), Counter())
       if name.startswith("all-reduce-scatter"):  # Half of an all-reduce.
-        return Counter({("reduce-scatter", group): size / 2 for (_, group), size in found.items()})
+        return Counter(
+          {(kind.replace("all-reduce", "reduce-scatter"), among): size / 2 for (kind, among), size in found.items()}
+        )
       return found
     kind = op.opcode.removesuffix("-start")
-    return Counter({(kind, group_size(op.rest)): _sent(kind, op)}) if kind in COLLECTIVES else Counter()
+    if kind not in COLLECTIVES:
+      return Counter()
+    chips = group(op.rest)
+    far = self.slice_chips and len({chip // self.slice_chips for chip in chips}) > 1
+    return Counter({(kind + BETWEEN if far else kind, len(chips)): _sent(kind, op)})
 
   def _flops(self, op: Instruction, around: dict[str, Instruction]) -> float:
     if op.opcode == "convolution":
@@ -297,11 +292,12 @@ def _stored(op: Instruction, inner: dict[str, Instruction]) -> float:
   return total
 
 
-def walk(text: str) -> Cost:
+def walk(text: str, slice_chips: int = 0) -> Cost:
   """The cost of one run of a compiled program on one chip.
 
   Args:
     text: `compiled.as_text()`.
+    slice_chips: chips of each slice, where the program is of several and numbers the chips slice by slice.
   """
   computations, entry = parse(text)
-  return _Walk(computations).of(entry)
+  return _Walk(computations, slice_chips).of(entry)

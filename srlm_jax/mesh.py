@@ -1,8 +1,8 @@
 """The device mesh, and the one table that says over which of its axes each named dimension of an array is split.
 
 Parameters carry the names of their dimensions, activations are named where they are computed; `RULES` alone maps names
-to mesh axes.  "data" and "fsdp" split the batch, "fsdp" also the parameters, "tensor" heads, feed-forward and
-vocabulary.
+to mesh axes.  "slice", "data" and "fsdp" split the batch, "fsdp" also the parameters, "tensor" heads, feed-forward and
+vocabulary.  Over "slice", the slower network between TPU slices, nothing goes but a train step's gradients, once.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from flax import nnx
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from srlm_jax import distributed
 
@@ -24,7 +25,7 @@ Y = TypeVar("Y")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # Activations.  Their features stay whole, so that "embed" below splits parameters alone.
-  "batch": ("data", "fsdp"),
+  "batch": ("slice", "data", "fsdp"),
   "length": None,
   "residual": "tensor",  # The length of what a layer hands to the next: stored for the backward pass in parts.
   "features": None,
@@ -40,27 +41,46 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(fsdp: int = -1, tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh ("data", "fsdp", "tensor") over all devices, or the given ones; one size may be -1: whatever is left.
+def make_mesh(
+  fsdp: int = -1, tensor: int = 1, data: int = 1, slice: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh ("slice", "data", "fsdp", "tensor") over all devices, or the given ones.
+
+  Args:
+    fsdp, tensor, data: sizes; one of them may be -1: whatever is left.
+    slice: TPU slices that the slower network connects; devices that know of none are divided in their order.
+    devices: by default all.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or `slice` is not their number of slices.
   """
-  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  count = jax.device_count() if devices is None else len(devices)
+  sizes = {"slice": slice, "data": data, "fsdp": fsdp, "tensor": tensor}
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   known = math.prod(size for size in sizes.values() if size != -1)
   free = [name for name, size in sizes.items() if size == -1]
-  if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1:
-    raise ValueError(f"mesh sizes {sizes}: each must be positive, and at most one of them -1 (whatever is left).")
+  if any(size < 1 and size != -1 for size in sizes.values()) or len(free) > 1 or slice < 1:
+    raise ValueError(
+      f"mesh sizes {sizes}: each must be positive, and at most one of data, fsdp and tensor -1 (whatever is left)."
+    )
   if free and count % known == 0:
     sizes[free[0]] = count // known
   if math.prod(sizes.values()) != count:
     raise ValueError(
-      f"mesh sizes {sizes} do not multiply to the {count} devices: change data, fsdp or tensor, or set one to -1."
+      f"mesh sizes {sizes} do not multiply to the {count} devices: change slice, data, fsdp or tensor, or set one of "
+      "the last three to -1."
     )
+  groups: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+  if len(groups) > 1 and len(groups) != slice:
+    raise ValueError(f"mesh sizes {sizes}: the devices are of {len(groups)} slices: set mesh.slice={len(groups)}.")
+  if len(groups) == 1:
+    groups = {index: list(devices[index * count // slice : (index + 1) * count // slice]) for index in range(slice)}
   # Neighbours on the network where they can be; an axis may take part of a dimension of the chips' torus.
-  placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  inner = tuple(sizes.values())[1:]
+  placed = [mesh_utils.create_device_mesh(inner, group, allow_split_physical_axes=True) for group in groups.values()]
+  return Mesh(np.stack(placed), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -90,6 +110,14 @@ def _ways(part: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
   """Into how many pieces a dimension with this entry of a PartitionSpec is split."""
   names = (part,) if isinstance(part, str) else part or ()
   return math.prod(mesh.shape[name] for name in names)
+
+
+def _here(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """`spec` without the mesh axes of which the code at hand sees one piece alone, as inside `each_slice`."""
+  gone = set(mesh.manual_axes) if isinstance(mesh, AbstractMesh) else set()
+  return PartitionSpec(
+    *(tuple(name for name in part if name not in gone) if isinstance(part, tuple) else part for part in spec(axes))
+  )
 
 
 def _check(name: str, shape: tuple[int, ...], axes: Axes, mesh: Mesh) -> None:
@@ -138,7 +166,7 @@ def shardings(tree: T, mesh: Mesh) -> T:
 def fitting(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """The partition of an array of this shape, of which dimensions that do not divide stay whole."""
   return PartitionSpec(
-    *(part if size % _ways(part, mesh) == 0 else None for size, part in zip(shape, spec(axes), strict=True))
+    *(part if size % _ways(part, mesh) == 0 else None for size, part in zip(shape, _here(axes, mesh), strict=True))
   )
 
 
@@ -152,7 +180,7 @@ def constrain(array: jax.Array, axes: Axes) -> jax.Array:
     return array
   parts = [
     part if size % _ways(part, mesh) == 0 else PartitionSpec.UNCONSTRAINED
-    for size, part in zip(array.shape, spec(axes), strict=True)
+    for size, part in zip(array.shape, _here(axes, mesh), strict=True)
   ]
   return jax.lax.with_sharding_constraint(array, PartitionSpec(*parts))
 
@@ -164,6 +192,58 @@ def scan(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tu
   collectives in it are through: each process would then take those of the loop and those behind it in another order.
   """
   return jax.lax.scan(step, carry, xs, unroll=distributed.by_gloo())
+
+
+def each_device(
+  fn: Callable[..., jax.Array], arrays: Sequence[jax.Array], names: Sequence[Axes], out: Axes
+) -> jax.Array:
+  """Calls `fn` on each device's part of some arrays, as kernels are, which the compiler cannot divide by itself.
+
+  Args:
+    fn: from parts to a part.
+    arrays: whole.
+    names: of each array's dimensions; those that do not divide stay whole.
+    out: of the result's dimensions, divided as in the first array.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return fn(*arrays)
+  specs = tuple(fitting(array.shape, axes, mesh) for array, axes in zip(arrays, names, strict=True))
+  whole = {name: part for name, part in zip(names[0], specs[0], strict=True)}
+  free = set(mesh.axis_names) - set(mesh.manual_axes)
+  divided = jax.shard_map(
+    fn, in_specs=specs, out_specs=PartitionSpec(*(whole[name] for name in out)), axis_names=free, check_vma=False
+  )
+  return divided(*arrays)
+
+
+def each_slice(fn: Callable[..., T], batch: X, *whole: Any) -> T:
+  """Calls `fn` once in each TPU slice, on its share of a batch, and adds what comes out over the slower network.
+
+  Args:
+    fn: (share, *whole) → arrays.
+    batch: arrays [slices, …].
+    whole: what every slice sees the whole of.
+  """
+
+  def one(batch: X, *whole: Any) -> T:
+    return jax.lax.psum(fn(jax.tree.map(lambda array: array[0], batch), *whole), "slice")
+
+  nowhere = PartitionSpec()
+  divided = jax.shard_map(
+    one,
+    in_specs=(PartitionSpec("slice"), *[nowhere] * len(whole)),
+    out_specs=nowhere,
+    axis_names={"slice"},
+    check_vma=False,
+  )
+  return divided(batch, *whole)
+
+
+def slices() -> int:
+  """How many TPU slices the mesh in use (`jax.set_mesh`) has; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["slice"]
 
 
 def ways(axis: str) -> int:

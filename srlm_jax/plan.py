@@ -1,7 +1,8 @@
 """Will a run fit its TPU slice, and how long will it take? The TPU compiler compiles every program, without a TPU.
 
 Trust the memory: it is the compiler's own. The time is an estimate: of compute (its cycles for the fusions; attention
-kernels, which carry none, by their FLOPs at half of the peak), of memory and of network the longest alone.
+kernels, which carry none, by their FLOPs at half of the peak), of memory and of network the longest alone. What goes
+between slices is counted apart and not in the time: nobody states that network's speed.
 """
 
 from collections.abc import Sequence
@@ -54,14 +55,15 @@ class Measured:
 def describe(topology: str) -> list[jax.Device]:
   """The devices of a topology, for compiling alone; ValueError where libtpu is missing or does not know it."""
   chips.size_of(topology)
-  kind = chips.chip_of(topology)
+  kind, (count, one) = chips.chip_of(topology), chips.slices_of(topology)
   # libtpu looks for a TPU's own metadata server otherwise; the type need not be the topology's.
   quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
   os.environ.update(
     {key: os.environ.get(key, value) for key, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items()}
   )
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    several = {"num_slices": count} if count > 1 else {}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=one, **several).devices)
   except RuntimeError as error:
     raise ValueError(
       f"no TPU compiler for {topology}: {error}. It comes with pip install -e '.[tpu]'; slices of {kind.name}: "
@@ -92,12 +94,12 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return Measured(program.name, count, time.monotonic() - started, error=_no_room(str(error)))
-  cost = hlo_cost.walk(compiled.as_text())
+  cost = hlo_cost.walk(compiled.as_text(), count // program.mesh.shape["slice"])
   memory = compiled.memory_analysis()
   # A kernel of the forward pass does a forward's FLOPs for its part; of the backward pass two and a half times that.
   forward = attention_flops(config, program.tokens, program.length) / config.layers / count
   kernels = sum(number * forward * (2.5 if "_dkv_" in name else 1.0) for name, number in cost.kernels.items())
-  network = sum(cost.network.values())
+  network = sum(size for (kind, _), size in cost.network.items() if not kind.endswith(hlo_cost.BETWEEN))
   found = Measured(
     name=program.name,
     chips=count,
@@ -160,8 +162,15 @@ def _examples(settings: config_dict.ConfigDict) -> dict[str, int]:
   return {"sft": settings.data.ift_examples, "dpo": settings.prompts.count}
 
 
-def _cells(one: Measured, chip: chips.Chip, often: float) -> dict[str, str]:
-  """A line of the table, by column."""
+def _cells(one: Measured, chip: chips.Chip, often: float, share: float) -> dict[str, str]:
+  """A line of the table, by column.
+
+  Args:
+    one: the program.
+    chip: what it runs on.
+    often: its calls in a run.
+    share: of these calls, those that each of the groups of chips makes that run it apart.
+  """
   if one.error:
     return {"program": one.name, "GiB": "no room", "compiled s": f"{one.compile_seconds:.0f}"}
   return {
@@ -177,7 +186,7 @@ def _cells(one: Measured, chip: chips.Chip, often: float) -> dict[str, str]:
     "network s": f"{one.network_seconds:.3f}",
     "call s": f"{one.seconds:.3f}",
     "MFU %": f"{one.utilisation * 100:.1f}",
-    "hours": f"{one.seconds * often / 3600:.1f}",
+    "hours": f"{one.seconds * often * share / 3600:.1f}",
     "compiled s": f"{one.compile_seconds:.0f}",
   }
 
@@ -185,17 +194,18 @@ def _cells(one: Measured, chip: chips.Chip, often: float) -> dict[str, str]:
 def table(topology: str, found: Sequence[Measured], settings: config_dict.ConfigDict) -> str:
   """The report in plain text."""
   chip, often = chips.chip_of(topology), calls(settings)
-  cells = [_cells(one, chip, often[one.name]) for one in found]
+  size = chips.size_of(topology)
+  cells = [_cells(one, chip, often[one.name], one.chips / size) for one in found]
   columns = max(cells, key=len)
   rows = [list(columns), *([line.get(name, "") for name in columns] for line in cells)]
   widths = [max(len(row[place]) for row in rows) for place in range(len(columns))]
-  lines = [f"{topology}: {chips.size_of(topology)} chips of {chip.hbm / chips.GIB:.2f} GiB", ""]
+  lines = [f"{topology}: {size} chips of {chip.hbm / chips.GIB:.2f} GiB", ""]
   lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
   for one in found:
     if one.error:
       lines += ["", f"{one.name} does not fit: {one.error}"]
     else:
-      parts = ", ".join(f"{kind}: {size / 1e9:.2f}" for kind, size in one.collectives.items() if size > 1e7)
+      parts = ", ".join(f"{kind}: {sent / 1e9:.2f}" for kind, sent in one.collectives.items() if sent > 1e7)
       lines += ["", f"{one.name}, network GB: {parts or 'none'}"]
       if one.name == "decode":  # Its arguments are weights and cache.
         lines += [f"decode reads {one.read / one.arguments:.3f} times the bytes of weights and cache"]

@@ -80,7 +80,7 @@ def _generation(settings: config_dict.ConfigDict, config: llama.LlamaConfig, mes
   """Prefill and one decoding step of the responses, at their longest."""
   samples, new = settings.responses.n, settings.responses.sampling.max_new
   length = batching.doubling_buckets(32, settings.model.max_length - new)[-1]
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = mesh.size // mesh.shape["tensor"]
   prompts = max(settings.generation.rows // samples // ways, 1) * ways
   model = checkpoint.abstract_model(dataclasses.replace(config, param_dtype=config.dtype), mesh)
   tokens = _array((prompts, length), jnp.int32, mesh, ("batch", None))

@@ -99,13 +99,13 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = mesh.size // mesh.shape["tensor"]
   pretrains = c.base.kind == "pretrain" and "m0" in folders
   for name, wanted in {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}.items():
     part = ways * c[name].accumulate
     if wanted and c[name].batch % part:
       raise ValueError(
-        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.data × mesh.fsdp) in "
+        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.slice × mesh.data × mesh.fsdp) in "
         f"{c[name].accumulate} part(s): change it to a multiple of {part}, or raise mesh.tensor."
       )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -124,32 +125,55 @@ def parts(batch: Batch, count: int) -> Batch:
   return jax.tree.map(one, batch)
 
 
-def _gradients(
-  model: llama.Llama, batch: Batch, key: jax.Array, loss_fn: LossFn, accumulate: int
-) -> tuple[llama.Llama, Metrics]:
-  """Gradients and metrics of a batch, computed in `accumulate` parts one after the other.
+Sums = tuple[llama.Llama, Metrics, jax.Array]  # Gradients and metrics, times their weights, and the weights.
 
-  A part weighs by its target tokens where the loss is a mean over them, so that the sum is the whole batch's.
-  """
-  compute = jax.value_and_grad(loss_fn, has_aux=True)
+
+def _sums(batch: Batch, model: llama.Llama, key: jax.Array, loss_fn: LossFn) -> Sums:
+  """A batch's gradients and metrics, weighed by its target tokens where the loss is a mean over them."""
+  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(model, batch, key)
+  weight = metrics.get("target_tokens", jnp.float32(1))
+  return *jax.tree.map(lambda leaf: weight.astype(leaf.dtype) * leaf, (grads, metrics)), weight
+
+
+def _in_turn(batch: Batch, model: llama.Llama, key: jax.Array, loss_fn: LossFn, accumulate: int) -> Sums:
+  """`_sums` of a batch that goes through the model in parts, one after the other."""
   if accumulate == 1:
-    (_, metrics), grads = compute(model, batch, key)
-    return grads, metrics
+    return _sums(batch, model, key, loss_fn)
 
-  def add(carry: tuple[llama.Llama, Metrics, jax.Array], part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-    (_, metrics), grads = compute(model, part[0], jax.random.fold_in(key, part[1]))
-    weight = metrics.get("target_tokens", jnp.float32(1))
-    added = jax.tree.map(lambda total, one: total + weight.astype(one.dtype) * one, carry[:2], (grads, metrics))
-    return (*added, carry[2] + weight), None
+  def add(total: Sums, part: tuple[Batch, jax.Array]) -> tuple[Sums, None]:
+    one = _sums(part[0], model, jax.random.fold_in(key, part[1]), loss_fn)
+    return jax.tree.map(jnp.add, total, one), None
 
   divided = parts(batch, accumulate)
   first = jax.tree.map(lambda array: array[0], divided)
-  shapes = jax.eval_shape(compute, model, first, key)
+  shapes = jax.eval_shape(functools.partial(_sums, loss_fn=loss_fn), first, model, key)
   zeros = (
     jax.tree.map(jnp.zeros_like, model),
-    jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0][1]),
+    *jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1:]),
   )
-  (grads, metrics, total), _ = mesh.scan(add, (*zeros, jnp.float32(0)), (divided, jnp.arange(accumulate)))
+  return mesh.scan(add, zeros, (divided, jnp.arange(accumulate)))[0]
+
+
+def _gradients(
+  model: llama.Llama, batch: Batch, key: jax.Array, loss_fn: LossFn, accumulate: int
+) -> tuple[llama.Llama, Metrics]:
+  """Gradients and metrics of a batch, divided among slices and within each computed in `accumulate` parts.
+
+  A part weighs by its target tokens where the loss is a mean over them, so that the sum is the whole batch's.
+  """
+  slices = mesh.slices()
+  if slices == accumulate == 1:
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(model, batch, key)
+    return grads, metrics
+  if slices == 1:
+    grads, metrics, total = _in_turn(batch, model, key, loss_fn, accumulate)
+  else:
+    share = (parts(batch, slices), jnp.arange(slices))
+
+    def one(share: tuple[Batch, jax.Array], model: llama.Llama, key: jax.Array) -> Sums:
+      return _in_turn(share[0], model, jax.random.fold_in(key, share[1]), loss_fn, accumulate)
+
+    grads, metrics, total = mesh.each_slice(one, share, model, key)
   grads = jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), grads)
   means = {name: value / total for name, value in metrics.items()}
   return grads, means | ({"target_tokens": total} if "target_tokens" in means else {})

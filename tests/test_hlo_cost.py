@@ -2,7 +2,7 @@
 
 import pytest
 
-from srlm_jax import hlo_cost
+from srlm_jax import hlo, hlo_cost
 
 LOOP = """HloModule jit_f, is_scheduled=true
 
@@ -73,16 +73,22 @@ def test_kernels_are_named(cost: hlo_cost.Cost) -> None:
 
 
 @pytest.mark.parametrize(
-  ("text", "size"),
+  ("text", "first"),
   [
-    ("replica_groups={{0,1,2},{3,4,5}}, x", 3),
-    ("replica_groups=[2,8]<=[16], x", 8),
-    ("replica_groups=mesh['a'=2,'b'=4,'c'=3] {'a','c'}, x", 6),
-    ("source_target_pairs={{0,1},{1,0}}", 2),
+    ("replica_groups={{0,2,1},{3,4,5}}, x", (0, 2, 1)),
+    ("replica_groups=[2,8]<=[16], x", tuple(range(8))),
+    ("replica_groups=[4,2]<=[2,2,2]T(0,2,1), x", (0, 2)),
+    ("replica_groups=mesh['a'=2,'b'=4,'c'=3] {'a','c'}, x", (0, 1, 2, 12, 13, 14)),
+    ("channel_id=2, source_target_pairs={{0,4},{4,0}}, x", (0, 4)),
   ],
 )
-def test_group_sizes(text: str, size: int) -> None:
-  assert hlo_cost.group_size(text) == size
+def test_groups_of_chips(text: str, first: tuple[int, ...]) -> None:
+  assert hlo.group(text) == first
+
+
+def test_what_takes_the_slower_network_is_told_apart() -> None:
+  assert set(hlo_cost.walk(LOOP, slice_chips=4).network) == {("all-reduce", 4)}
+  assert set(hlo_cost.walk(LOOP, slice_chips=2).network) == {("all-reduce between slices", 4)}
 
 
 def test_taps_on_padding_are_no_products() -> None:

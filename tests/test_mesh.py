@@ -17,9 +17,9 @@ class Two(nnx.Module):
 
 
 def test_make_mesh_gives_what_is_left_to_the_free_axis() -> None:
-  assert dict(mesh.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-  assert dict(mesh.make_mesh(tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-  assert dict(mesh.make_mesh(fsdp=2, tensor=2, data=-1).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert dict(mesh.make_mesh().shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1}
+  assert dict(mesh.make_mesh(tensor=2).shape) == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2}
+  assert dict(mesh.make_mesh(fsdp=2, tensor=2, data=-1).shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
   assert set(mesh.make_mesh().axis_types) == {jax.sharding.AxisType.Auto}
 
 
@@ -33,7 +33,7 @@ def test_make_mesh_refuses_sizes(sizes: dict[str, int]) -> None:
 
 def test_spec_follows_the_rules() -> None:
   assert mesh.spec(("layers", "embed", "kv_heads", "group", "head_dim")) == P(None, "fsdp", "tensor", None, None)
-  assert mesh.spec(("batch", "length", "features")) == P(("data", "fsdp"), None, None)
+  assert mesh.spec(("batch", "length", "features")) == P(("slice", "data", "fsdp"), None, None)
   assert mesh.spec((None, "vocab")) == P(None, "tensor")
 
 
@@ -84,7 +84,7 @@ def test_constrain() -> None:
   assert mesh.constrain(array, ("batch", "ffw")) is array  # No mesh in use.
   split = jax.jit(lambda x: mesh.constrain(x * 1, ("batch", "ffw")))
   with jax.set_mesh(mesh.make_mesh(fsdp=2, tensor=2, data=2)):
-    assert split(array).sharding.spec == P(("data", "fsdp"), "tensor")
+    assert split(array).sharding.spec == P(("data", "fsdp"), "tensor")  # Of an axis of one piece JAX says nothing.
     odd = split(array[:7])  # Seven rows do not divide by four: the same numbers all the same.
     assert odd.sharding.spec[1] == "tensor" and jnp.array_equal(odd, array[:7])
     with pytest.raises(ValueError, match="rows"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax import batching, llama, logprobs, train_step
+from srlm_jax import batching, hlo, llama, logprobs, mesh, train_step
 
 CONFIG = llama.LlamaConfig(vocab_size=29, embed=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffw=32, max_length=16)
 
@@ -98,22 +98,51 @@ def rows_of(seed, count):
   return make_batch([batching.Example((*rng.integers(3, 29, length).tolist(), 2), 2) for length in lengths])
 
 
+def loss_and_batch(kind, model):
+  batch = rows_of(0, 8)
+  if kind == "sft":
+    return functools.partial(train_step.sft_loss, chunk=0), batch
+  reference = logprobs.sequence_logprobs(model, batch, 0) - jnp.arange(8.0)
+  batch |= {"reference_chosen": reference[:4], "reference_rejected": reference[4:]}
+  return functools.partial(train_step.dpo_loss, chunk=0, beta=0.1), batch
+
+
+def same_gradients(found, wanted):
+  for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted[0]), strict=True):
+    np.testing.assert_allclose(one, other, atol=2e-6)
+  assert found[1].keys() == wanted[1].keys()
+  for name, value in wanted[1].items():
+    assert float(found[1][name]) == pytest.approx(float(value), rel=1e-5), name
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_batch_in_parts_is_the_same_update(kind):
-  model, batch = llama.Llama(CONFIG, jax.random.key(4)), rows_of(0, 8)
-  loss_fn = functools.partial(train_step.sft_loss, chunk=0)
-  if kind == "dpo":
-    reference = logprobs.sequence_logprobs(model, batch, 0) - jnp.arange(8.0)
-    batch |= {"reference_chosen": reference[:4], "reference_rejected": reference[4:]}
-    loss_fn = functools.partial(train_step.dpo_loss, chunk=0, beta=0.1)
-  whole, figures = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
+  model = llama.Llama(CONFIG, jax.random.key(4))
+  loss_fn, batch = loss_and_batch(kind, model)
+  whole = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
   for count in (2, 4):
-    grads, metrics = train_step._gradients(model, batch, jax.random.key(0), loss_fn, count)
-    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
-      np.testing.assert_allclose(one, other, atol=2e-6)
-    assert metrics.keys() == figures.keys()
-    for name, value in figures.items():
-      assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+    same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, count), whole)
+
+
+@pytest.mark.parametrize(("kind", "accumulate"), [("sft", 1), ("dpo", 1), ("dpo", 2)])
+def test_slices_give_the_same_update_and_talk_once(kind, accumulate):
+  model = llama.Llama(llama.dataclasses.replace(CONFIG, kv_heads=2, vocab_size=30, remat="full"), jax.random.key(4))
+  loss_fn, batch = loss_and_batch(kind, model)
+  whole = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
+  devices = mesh.make_mesh(slice=2, fsdp=2, tensor=2)
+  placed = jax.device_put(model, mesh.shardings(model, devices))
+  step = jax.jit(lambda *args: train_step._gradients(*args, loss_fn, accumulate))
+  with jax.set_mesh(devices):
+    compiled = step.lower(placed, batch, jax.random.key(0)).compile()
+    same_gradients(compiled(placed, batch, jax.random.key(0)), whole)
+  computations, entry = hlo.parse(compiled.as_text())
+  between = {
+    name
+    for name, body in computations.items()
+    for op in body.values()
+    if op.opcode == "all-reduce" and max(hlo.group(op.rest)) >= 4
+  }
+  assert between == {entry}  # Not in the loops over layers and parts.
 
 
 def test_pairs_stay_together_in_parts():

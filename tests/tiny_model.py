@@ -54,8 +54,7 @@ def model(seed: int = 0, **changes: object) -> llama.Llama:
 
 def one_device() -> jax.sharding.Mesh:
   """A mesh of the first device alone: it compiles faster than one of eight."""
-  auto = (jax.sharding.AxisType.Auto,) * 3
-  return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=jax.devices()[:1])
+  return mesh.make_mesh(devices=jax.devices()[:1])
 
 
 def eight_devices() -> jax.sharding.Mesh:
