@@ -29,16 +29,17 @@ FREE = {
   ),
   *("copy-done", "async-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "opt-barrier"),
 }
-BETWEEN = " between slices"  # Ends the kind of a collective that takes the slower network.
+BETWEEN = " between slices"  # Ends the kind of a transfer by the slower network: what a chip hands to its host for it.
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+_MEGASCALE = re.compile(r'xla_megascale_runtime.*_xla_megascale_transfer_type="(\w+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one chip; `network`: bytes sent by kind of collective and size of group; `kernels`: those that state no cost."""
+  """Of one chip; `network`: bytes sent by kind of collective and size of group (0 between slices); `kernels`: those that state no cost."""
 
   flops: float = 0.0
   cycles: float = 0.0
@@ -136,8 +137,8 @@ def _whole(instructions: Iterable[Instruction]) -> list[int]:
 class _Walk:
   """Costs of computations, each computed once."""
 
-  def __init__(self, computations: dict[str, dict[str, Instruction]], slice_chips: int) -> None:
-    self.computations, self.slice_chips = computations, slice_chips
+  def __init__(self, computations: dict[str, dict[str, Instruction]]) -> None:
+    self.computations = computations
     self.of = functools.cache(self._of)
 
   def trips(self, loop: Instruction) -> int:
@@ -199,16 +200,12 @@ class _Walk:
       name = op.called("calls")[0]
       found = sum((self._network(one) for one in self.computations[name].values()), Counter())
       if name.startswith("all-reduce-scatter"):  # Half of an all-reduce.
-        return Counter(
-          {(kind.replace("all-reduce", "reduce-scatter"), among): size / 2 for (kind, among), size in found.items()}
-        )
+        return Counter({("reduce-scatter", among): size / 2 for (_, among), size in found.items()})
       return found
+    if op.opcode == "send" and (far := _MEGASCALE.search(op.rest)):
+      return Counter({(far[1].lower().replace("_", "-") + BETWEEN, 0): op.arrays[0].bytes})
     kind = op.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-      return Counter()
-    chips = group(op.rest)
-    far = self.slice_chips and len({chip // self.slice_chips for chip in chips}) > 1
-    return Counter({(kind + BETWEEN if far else kind, len(chips)): _sent(kind, op)})
+    return Counter({(kind, len(group(op.rest))): _sent(kind, op)}) if kind in COLLECTIVES else Counter()
 
   def _flops(self, op: Instruction, around: dict[str, Instruction]) -> float:
     if op.opcode == "convolution":
@@ -292,12 +289,11 @@ def _stored(op: Instruction, inner: dict[str, Instruction]) -> float:
   return total
 
 
-def walk(text: str, slice_chips: int = 0) -> Cost:
+def walk(text: str) -> Cost:
   """The cost of one run of a compiled program on one chip.
 
   Args:
     text: `compiled.as_text()`.
-    slice_chips: chips of each slice, where the program is of several and numbers the chips slice by slice.
   """
   computations, entry = parse(text)
-  return _Walk(computations, slice_chips).of(entry)
+  return _Walk(computations).of(entry)

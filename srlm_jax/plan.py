@@ -94,7 +94,7 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return Measured(program.name, count, time.monotonic() - started, error=_no_room(str(error)))
-  cost = hlo_cost.walk(compiled.as_text(), count // program.mesh.shape["slice"])
+  cost = hlo_cost.walk(compiled.as_text())
   memory = compiled.memory_analysis()
   # A kernel of the forward pass does a forward's FLOPs for its part; of the backward pass two and a half times that.
   forward = attention_flops(config, program.tokens, program.length) / config.layers / count
@@ -110,7 +110,9 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
     read=cost.read,
     traffic=cost.read + cost.written,
     network=network,
-    collectives={f"{kind} among {group}": size for (kind, group), size in sorted(cost.network.items())},
+    collectives={
+      f"{kind} among {group}" if group else kind: size for (kind, group), size in sorted(cost.network.items())
+    },
     cycles_seconds=cost.cycles / chip.clock if program.name != "decode" else 0.0,  # Far too many where memory-bound.
     kernel_seconds=kernels / (chip.flops * KERNEL_SHARE),
     memory_seconds=(cost.read + cost.written) / chip.bandwidth,
