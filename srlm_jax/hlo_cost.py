@@ -39,7 +39,10 @@ _STATED = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one chip; `network`: bytes sent by kind of collective and size of group (0 between slices); `kernels`: those that state no cost."""
+  """Of one chip.
+
+  `network`: bytes sent by kind of collective and size of group (0 between slices); `kernels`: those that state no cost.
+  """
 
   flops: float = 0.0
   cycles: float = 0.0

@@ -5,8 +5,8 @@ import json
 import pathlib
 
 from etils import epath
-import jax
 import pytest
+import tiny_model
 
 from srlm_jax import artifacts, main, mesh as mesh_lib, records, steps, train_loop, world, world_judges
 
@@ -25,8 +25,7 @@ def smoke():
 def one_device():
   """Of the eight virtual devices one does here: sharding has its own tests, and eight on two cores are slow."""
   with pytest.MonkeyPatch.context() as patch:
-    axes = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=axes, devices=jax.devices()[:1])
+    mesh = tiny_model.one_device()
     patch.setattr(mesh_lib, "make_mesh", lambda **_: mesh)
     yield
 
