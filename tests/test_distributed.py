@@ -24,6 +24,71 @@ with distributed.session():
   distributed.barrier("done")
   print(distributed.name(), distributed.writes())
 """
+SHARED_OUT = """
+import pathlib, sys, time
+import jax
+from etils import epath
+from srlm_jax import artifacts, distributed, mesh, records, steps, config
+with distributed.session():
+  settings = config.base()
+  settings.generation.mesh.tensor = 2
+  own = steps.sampling_mesh(settings, mesh.make_mesh())
+  assert dict(own.shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2} and distributed.apart(own)
+  settings.generation.mesh.tensor = 4  # More than a process has.
+  assert not distributed.apart(steps.sampling_mesh(settings, mesh.make_mesh()))
+  out = artifacts.Artifact(epath.Path(sys.argv[1]), {"seed": 0}, {})
+  out.begin()
+  items = [records.Prompt(id=f"p{n}", text=f"Say {n}.", source="s") for n in range(10)]
+  out.write_records("prompts-00001-of-00005.jsonl", items[2:4])
+  loaded = []
+  def work(tool, part):
+    assert out.has("prompts-00001-of-00005.jsonl") and distributed.writes()
+    time.sleep(3 * jax.process_index() * (part[0].id == "p4"))
+    return [one.model_copy(update={"source": f"{tool} {jax.process_index()}"}) for one in part]
+  artifacts.map_shards(out, "prompts", items, 2, own, lambda: "by", work)
+  print([one.source for one in out.read_shards("prompts", records.Prompt)])
+  artifacts.map_shards(out, "prompts", items, 2, own, lambda: 1 / 0, work)
+  out.commit({})
+"""
+WEIGHTS = """
+import json, pathlib, sys
+import jax
+from etils import epath
+from srlm_jax import checkpoint, convert, distributed, llama, mesh
+sys.path.insert(0, "tests")
+import tiny_model
+with distributed.session():
+  place = epath.Path(sys.argv[1])
+  whole = mesh.make_mesh()
+  model = checkpoint.init_model(tiny_model.CONFIG, whole, 0)
+  assert not jax.tree.leaves(model)[0].is_fully_addressable
+  wanted = checkpoint.fingerprints(model)
+  checkpoint.save_model(place, model)
+  own = mesh.make_mesh(data=2, fsdp=1, devices=jax.local_devices())
+  for devices in (mesh.make_mesh(fsdp=2, tensor=2), own):
+    assert checkpoint.fingerprints(checkpoint.load_model(place, devices, model.config)) == wanted
+  convert.export_hf(model, place / "hf", max_shard=4000)
+  distributed.barrier("exported")
+  assert checkpoint.fingerprints(convert.import_hf(place / "hf", whole)) == wanted
+  print("equal")
+"""
+FAILING = """
+from srlm_jax import distributed
+with distributed.session():
+  distributed.barrier("begin")
+  if not distributed.writes():
+    raise ValueError("the data are bad")
+  distributed.barrier("the other")
+"""
+STUCK = """
+import time
+from srlm_jax import distributed
+with distributed.session():
+  distributed.progress("asleep")
+  if distributed.writes():
+    distributed.barrier("the other")
+  time.sleep(300)
+"""
 WAITING = """
 import sys, time
 from srlm_jax import distributed
@@ -35,7 +100,7 @@ with distributed.session():
 """
 
 
-def start(code: str, place: pathlib.Path) -> list[subprocess.Popen]:
+def start(code: str, place: pathlib.Path, **more: str) -> list[subprocess.Popen]:
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -49,9 +114,9 @@ def start(code: str, place: pathlib.Path) -> list[subprocess.Popen]:
   }
   return [
     subprocess.Popen(
-      [sys.executable, "-c", code],
+      [sys.executable, "-c", code, str(place / "work")],
       cwd=ROOT,
-      env={**os.environ, **settings, "SRLM_PROCESS": str(number)},
+      env={**os.environ, **settings, **more, "SRLM_PROCESS": str(number)},
       stdout=(place / f"{number}.out").open("w"),
       stderr=(place / f"{number}.err").open("w"),
     )
@@ -59,13 +124,41 @@ def start(code: str, place: pathlib.Path) -> list[subprocess.Popen]:
   ]
 
 
+def end(code: str, place: pathlib.Path, **more: str) -> tuple[list[int], list[str], list[str]]:
+  """Exit codes, last lines of the output and errors of two processes."""
+  codes = [process.wait(timeout=120) for process in start(code, place, **more)]
+  said = [(place / f"{number}.out").read_text().splitlines() for number in (0, 1)]
+  return codes, [lines[-1] if lines else "" for lines in said], [(place / f"{n}.err").read_text() for n in (0, 1)]
+
+
 def test_two_processes_agree_and_read_what_lies_in_parts(tmp_path: pathlib.Path) -> None:
-  codes = [process.wait(timeout=120) for process in start(TOGETHER, tmp_path)]
-  assert codes == [0, 0], (tmp_path / "0.err").read_text() + (tmp_path / "1.err").read_text()
-  assert [(tmp_path / f"{n}.out").read_text().splitlines()[-1] for n in (0, 1)] == [
-    "process 0 of 2 True",
-    "process 1 of 2 False",
-  ]
+  codes, said, errors = end(TOGETHER, tmp_path)
+  assert codes == [0, 0], errors
+  assert said == ["process 0 of 2 True", "process 1 of 2 False"]
+
+
+def test_shards_are_shared_out_and_finished_ones_are_not_done_again(tmp_path: pathlib.Path) -> None:
+  codes, said, errors = end(SHARED_OUT, tmp_path)
+  assert codes == [0, 0], errors
+  assert said[0] == said[1] == str(["by 0"] * 2 + ["s"] * 2 + ["by 1"] * 2 + ["by 0"] * 2 + ["by 1"] * 2)
+
+
+def test_weights_are_written_and_read_in_parts(tmp_path: pathlib.Path) -> None:
+  codes, said, errors = end(WEIGHTS, tmp_path)
+  assert codes == [0, 0], errors
+  assert said == ["equal", "equal"]
+
+
+def test_a_process_that_fails_ends_the_other_with_its_reason(tmp_path: pathlib.Path) -> None:
+  codes, _, errors = end(FAILING, tmp_path)
+  assert codes == [75, 1]
+  assert "process 1 ended: ValueError: the data are bad" in errors[0]
+
+
+def test_where_nobody_gets_anywhere_all_end_and_say_where_they_are(tmp_path: pathlib.Path) -> None:
+  codes, _, errors = end(STUCK, tmp_path, SRLM_STUCK_SECONDS="6")
+  assert codes == [75, 75]
+  assert any("no process has got anywhere for" in error and "1: 'asleep'" in error for error in errors)
 
 
 def test_a_killed_process_ends_the_other_with_75(tmp_path: pathlib.Path) -> None:
