@@ -89,11 +89,6 @@ def alone() -> Iterator[None]:
     _alone.reset(before)
 
 
-def by_gloo() -> bool:
-  """Whether the devices are CPUs of processes that talk through gloo."""
-  return _client() is not None and jax.default_backend() == "cpu"
-
-
 def name() -> str:
   """ "process 1 of 2", or nothing in a process that is alone."""
   state = jax_distributed.global_state

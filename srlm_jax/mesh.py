@@ -15,8 +15,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from srlm_jax import distributed
-
 Axes = tuple[str | None, ...]
 T = TypeVar("T")
 Carry = TypeVar("Carry")
@@ -186,12 +184,14 @@ def constrain(array: jax.Array, axes: Axes) -> jax.Array:
 
 
 def scan(step: Callable[[Carry, X], tuple[Carry, Y]], carry: Carry, xs: X) -> tuple[Carry, Y]:
-  """`jax.lax.scan`, written out step by step where processes on CPUs talk through gloo.
+  """`jax.lax.scan`, written out step by step on several CPU devices.
 
   XLA's CPU runtime starts a collective as soon as those before it have begun, and a loop has begun long before the
-  collectives in it are through: each process would then take those of the loop and those behind it in another order.
+  collectives in it are through. Devices that take those in the loop and those behind it in another order wait for each
+  other for ever, or, in several processes, add up what does not belong together.
   """
-  return jax.lax.scan(step, carry, xs, unroll=distributed.by_gloo())
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.lax.scan(step, carry, xs, unroll=mesh.size > 1 and mesh.abstract_device.device_kind == "cpu")
 
 
 def each_device(

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -62,8 +63,10 @@ def describe(topology: str) -> list[jax.Device]:
     {key: os.environ.get(key, value) for key, value in {**quiet, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items()}
   )
   try:
-    several = {"num_slices": count} if count > 1 else {}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=one, **several).devices)
+    how: dict[str, Any] = {"num_slices": count} if count > 1 else {}
+    if kind.name == "v4":
+      how |= {"chip_config_name": "megacore"}  # A chip's two cores are one device, as everywhere since.
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=one, **how).devices)
   except RuntimeError as error:
     raise ValueError(
       f"no TPU compiler for {topology}: {error}. It comes with pip install -e '.[tpu]'; slices of {kind.name}: "
