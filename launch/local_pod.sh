@@ -19,8 +19,8 @@ if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || ! ${2:-} =~ ^[1-9][0-9]*$ ]]; then
 fi
 processes=$1 devices=$2
 shift 2
-launch/setup.sh
 venv=${VENV:-.venv} logs=${LOGS:-runs/logs/pod}
+[[ -x $venv/bin/srlm ]] || launch/setup.sh
 mkdir -p "$logs"
 
 export JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo SRLM_PROCESSES=$processes
@@ -36,9 +36,10 @@ end() {
 }
 trap 'end; exit 130' INT TERM
 
-# Starts all processes and waits for them; `code` becomes the first that is not 0. The others have no use then.
+# Starts all processes and waits for them; `code` becomes the first that is not 0. The others, of no use then, have five
+# seconds to say why they end.
 run() {
-  local port number pid alive
+  local port number pid alive left failed
   port=$("$venv/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
   export SRLM_COORDINATOR=127.0.0.1:$port
   pids=() code=0
@@ -54,18 +55,18 @@ run() {
   alive=("${pids[@]}")
   while ((${#alive[@]})); do
     sleep 0.5
-    local left=()
+    left=()
     for pid in "${alive[@]}"; do
       if kill -0 "$pid" 2>/dev/null; then
         left+=("$pid")
       elif ((code == 0)); then
         wait "$pid" || code=$?
-        if ((code)); then
-          sleep 5 # Time to say why they end.
-          kill -TERM "${pids[@]}" 2>/dev/null || true
-        fi
+        failed=$SECONDS
       fi
     done
+    if ((code && SECONDS - failed > 5)); then
+      kill -TERM ${left[@]+"${left[@]}"} 2>/dev/null || true
+    fi
     alive=(${left[@]+"${left[@]}"})
   done
 }
