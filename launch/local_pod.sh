@@ -24,7 +24,7 @@ venv=${VENV:-.venv} logs=${LOGS:-runs/logs/pod}
 mkdir -p "$logs"
 
 export JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo SRLM_PROCESSES=$processes
-export XLA_FLAGS="--xla_force_host_platform_device_count=$devices ${XLA_FLAGS:-}"
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices" # The last of two counts.
 # A collective blocks a thread of XLA's until its peers are there: with as few threads as cores none would be left.
 export NPROC=${NPROC:-$((4 * devices))}
 export SRLM_SILENT_SECONDS=${SRLM_SILENT_SECONDS:-60}

@@ -41,7 +41,7 @@ def starts(place: pathlib.Path) -> list[int]:
 def test_every_process_knows_the_pod_and_keeps_a_log(tmp_path: pathlib.Path) -> None:
   told = 'echo "$* $SRLM_PROCESS/$SRLM_PROCESSES ${SRLM_COORDINATOR%:*} $XLA_FLAGS"'
   done = pod("2", "4", "all", "--x=1", **fake(tmp_path, told), XLA_FLAGS="--xla_more=1")
-  flags = "--xla_force_host_platform_device_count=4 --xla_more=1"
+  flags = "--xla_more=1 --xla_force_host_platform_device_count=4"
   assert (done.returncode, done.stdout.strip()) == (0, f"all --x=1 0/2 127.0.0.1 {flags}")
   assert (tmp_path / "logs" / "1.log").read_text().strip() == f"all --x=1 1/2 127.0.0.1 {flags}"
 
