@@ -121,8 +121,9 @@ def test_memory_beside_the_parameters(copies: int, sizes: dict[str, int], tmp_pa
   shutil.rmtree(tmp_path / "out")
   beside = [round((peak - before - copies * size) / MIB) for peak in (imported, exported)]
   print(beside)
-  assert beside[0] <= 192, "MiB: some tensors, and what XLA compiles"
-  assert beside[1] <= 288, "MiB"
+  # In MiB, about twice what a few tensors and what XLA compiles take; files kept open would add 326 to the first.
+  assert beside[0] <= 224
+  assert beside[1] <= 448
 
 
 @pytest.mark.slow
