@@ -1,8 +1,8 @@
 """Hugging Face Llama folders to our model and back, bit by bit and without torch.
 
 Their projections are matrices (out, in), one per layer; ours are stacked over the layers and keep heads apart.  Import
-reads for each device its own part of each tensor, export holds one file's tensors at a time, so that neither needs the
-memory of a whole model.
+reads for each device its own part, and both ways one tensor at a time passes through the host: its memory need hold no
+more than that beside what the devices hold.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,17 +18,17 @@ from etils import epath
 from flax import nnx
 import huggingface_hub
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # Gives numpy, and so safetensors, bfloat16.
 import numpy as np
-import safetensors.numpy
+import safetensors
 
-from srlm_jax import llama, mesh as mesh_lib, tokenizer
+from srlm_jax import distributed, llama, mesh as mesh_lib, tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+CODES = {name: code for code, name in DTYPES.items()}
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")  # Fields of config.json that a model alone does not know.
@@ -167,12 +167,28 @@ def _weight_files(folder: epath.Path) -> list[epath.Path]:
   raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: name a folder with a model's safetensors files.")
 
 
-def _open(folder: epath.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """{name: slice that reads on demand} of all tensors in a folder, open until the stack closes."""
-  tensors: dict[str, Any] = {}
-  for path in _weight_files(folder):
-    file = stack.enter_context(safetensors.safe_open(os.fspath(path), framework="numpy"))
-    tensors |= {name: file.get_slice(name) for name in file.keys()}
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor in a file that is open only while it is read: what was read of an open one counts as our memory."""
+
+  path: str
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    with safetensors.safe_open(self.path, framework="numpy") as file:
+      return file.get_slice(self.name)[index]
+
+
+def _tensors(folder: epath.Path) -> dict[str, Tensor]:
+  """All tensors in a folder by name."""
+  tensors: dict[str, Tensor] = {}
+  for path in map(os.fspath, _weight_files(folder)):
+    with safetensors.safe_open(path, framework="numpy") as file:
+      for name in file.keys():
+        entry = file.get_slice(name)
+        tensors[name] = Tensor(path, name, tuple(entry.get_shape()), entry.get_dtype())
   return tensors
 
 
@@ -202,23 +218,41 @@ def _read_part(tensor: Any, layout: Layout, shape: tuple[int, ...], bounds: tupl
   return block.transpose(np.argsort(layout.order))
 
 
-def _load(tensors: Mapping[str, Any], layout: Layout, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
-  """One of our parameters, each device's part read alone."""
-  shape, dtype = param.shape, param.dtype
+def _place(
+  tensor: Any, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """A tensor as one of our parameters (or a layer of one), each device's part read alone."""
 
   @functools.cache  # Devices that hold the same part, as over the "data" axis, read it once.
   def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    if not layout.stacked:
-      return _read_part(tensors[layout.name], layout, shape, bounds).astype(dtype)
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    for row, layer in enumerate(range(*bounds[0])):
-      out[row] = _read_part(tensors[layout.name.format(layer)], layout, shape[1:], bounds[1:])
-    return out
+    return _read_part(tensor, layout, shape, bounds).astype(dtype, copy=False)
 
   def place(index: tuple[slice, ...] | None) -> np.ndarray:
     return part(tuple(along.indices(size)[:2] for along, size in zip(index or (), shape, strict=True)))
 
   return jax.make_array_from_callback(shape, sharding, place)
+
+
+def _set_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+  """As bits: a CPU takes bfloat16 through float32, all of the stack for each layer, and that changes some NaNs."""
+  bits = f"uint{8 * stack.dtype.itemsize}"
+  return jax.lax.dynamic_update_index_in_dim(stack.view(bits), layer.view(bits), index, 0).view(stack.dtype)
+
+
+def _load(tensors: Mapping[str, Any], layout: Layout, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
+  """One of our parameters; a stacked one grows on its devices, so that the host holds no more than a layer of it."""
+  shape, dtype = param.shape, param.dtype
+  if not layout.stacked:
+    return _place(tensors[layout.name], layout, shape, dtype, sharding)
+  of_layer = sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    of_layer = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+  set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)
+  stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+  for index in range(shape[0]):
+    layer = _place(tensors[layout.name.format(index)], layout, shape[1:], dtype, of_layer)
+    stack = set_layer(stack, layer, index).block_until_ready()  # Layers that wait for the devices would pile up.
+  return stack
 
 
 def import_hf(
@@ -236,28 +270,27 @@ def import_hf(
   """
   folder = epath.Path(folder)
   config = read_config(folder)
-  with contextlib.ExitStack() as stack:
-    tensors = _open(folder, stack)
-    stored = _stored_dtype(folder, tensors)
-    kind = jnp.dtype(dtype or stored).name
-    config = dataclasses.replace(config, dtype=kind, param_dtype=kind)
-    abstract = jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0)))
-    expected = _theirs(abstract, kind)
-    _check_names(folder, set(expected), tensors, config.tied)
-    for name, want in expected.items():
-      if (have := tuple(tensors[name].get_shape())) != want.shape:
-        raise ValueError(
-          f"{folder}: {name} has shape {have}, config.json makes it {want.shape}: the two are of different models."
-        )
-    if mesh is None:
-      one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, one))
-    shardings = _params(mesh_lib.shardings(abstract, mesh))
-    return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, shardings[name].get_value()))
+  tensors = _tensors(folder)
+  stored = _stored_dtype(folder, tensors)
+  kind = jnp.dtype(dtype or stored).name
+  config = dataclasses.replace(config, dtype=kind, param_dtype=kind)
+  abstract = jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0)))
+  expected = _theirs(abstract, kind)
+  _check_names(folder, set(expected), tensors, config.tied)
+  for name, want in expected.items():
+    if (have := tensors[name].shape) != want.shape:
+      raise ValueError(
+        f"{folder}: {name} has shape {have}, config.json makes it {want.shape}: the two are of different models."
+      )
+  if mesh is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, one))
+  shardings = _params(mesh_lib.shardings(abstract, mesh))
+  return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, shardings[name].get_value()))
 
 
-def _stored_dtype(folder: epath.Path, tensors: Mapping[str, Any]) -> np.dtype:
-  kinds = {tensor.get_dtype() for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+def _stored_dtype(folder: epath.Path, tensors: Mapping[str, Tensor]) -> np.dtype:
+  kinds = {tensor.dtype for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
   if unknown := kinds - DTYPES.keys():
     raise ValueError(f"{folder}: tensors of type {sorted(unknown)}, only {sorted(DTYPES)} are read. Is it quantised?")
   return functools.reduce(jnp.promote_types, (jnp.dtype(DTYPES[kind]) for kind in kinds))
@@ -283,14 +316,38 @@ def _theirs(model: llama.Llama, dtype: jax.typing.DTypeLike) -> dict[str, jax.Sh
   }
 
 
-def _fetch(layout: Layout, param: nnx.Param, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """One of their tensors on the host; in several processes all of them take part and all get it."""
-  array = param[...] if layer is None else param[...][layer]
-  if array.is_fully_addressable:
-    ours = np.asarray(array)
-  else:
-    ours = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+@jax.jit
+def _layer(stack: jax.Array, index: int) -> jax.Array:
+  """Compiled once for all layers, which an index that is a constant is not."""
+  return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
+def _whole(param: nnx.Param, layer: int | None) -> jax.Array:
+  """One of our tensors, to be read by any process; all of them must take part."""
+  # A copy of what is not stacked, too: numpy's view of an array lives as long as the array, here as the model.
+  array = param[...].copy() if layer is None else _layer(param[...], layer)
+  return jax.block_until_ready(distributed.whole(array))  # Processes that write nothing would run ahead.
+
+
+def _on_host(layout: Layout, array: jax.Array, dtype: np.dtype) -> np.ndarray:
+  """One of our tensors as theirs."""
+  ours = np.asarray(array)
   return np.ascontiguousarray(ours.transpose(layout.order).reshape(layout.shape(ours.shape)), dtype)
+
+
+def _header(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
+  """The beginning of a safetensors file, which the tensors follow in this order.
+
+  The library writes a file only from all of its tensors at once, and to a local disk.
+  """
+  fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  end = 0
+  for name, tensor in tensors.items():
+    begin, end = end, end + tensor.size * tensor.dtype.itemsize
+    fields[name] = {"dtype": CODES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": (begin, end)}
+  text = json.dumps(fields, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # So that the tensors are aligned.
+  return len(text).to_bytes(8, "little") + text
 
 
 def _config_json(config: llama.LlamaConfig, dtype: str, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,24 +420,33 @@ def export_hf(
     dtype: to store; by default the parameters' own, bit by bit.
   """
   folder = epath.Path(folder)
-  writes = jax.process_index() == 0
+  writes = distributed.writes()
   if writes:
     if held := sorted(path.name for path in folder.glob("*.safetensors")):
       raise ValueError(f"{folder} already holds weights ({held[0]}, …): export into an empty folder, or delete them.")
     folder.mkdir(parents=True, exist_ok=True)
   stored = jnp.dtype(dtype or model.config.param_dtype)
+  if stored.name not in CODES:
+    raise ValueError(f"dtype is {stored.name!r}: a Llama's weights are stored as one of {sorted(CODES)}. Choose one.")
   carried = _carry(model.config, epath.Path(tokenizer_folder), folder) if tokenizer_folder and writes else {}
+  theirs = _theirs(model, stored)
   plan = huggingface_hub.split_state_dict_into_shards_factory(
-    _theirs(model, stored),
+    theirs,
     get_storage_size=lambda tensor: tensor.size * tensor.dtype.itemsize,
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard,
   )
   sources = _sources(model)
   for file, names in plan.filename_to_tensors.items():
-    tensors = {name: _fetch(*sources[name], stored) for name in names}
-    if writes:
-      (folder / file).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
+    names = sorted(names)
+    with (folder / file).open("wb") if writes else contextlib.nullcontext() as out:
+      if out:
+        out.write(_header({name: theirs[name] for name in names}))
+      for name in names:
+        layout, param, layer = sources[name]
+        ours = _whole(param, layer)
+        if out:
+          out.write(_on_host(layout, ours, stored).view(np.uint8))
   if not writes:
     return
   if plan.is_sharded:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import sentencepiece
+import test_distributed
 
 from srlm_jax import convert, llama, mesh, tokenizer
 
@@ -163,6 +164,29 @@ def test_import_onto_a_mesh(sizes: dict[str, int], exported: pathlib.Path) -> No
   again = exported.with_name("again")
   convert.export_hf(model, again)
   assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+TOGETHER = """
+import os, pathlib, jax
+from srlm_jax import convert, distributed, mesh
+folder = pathlib.Path({folder!r})
+with distributed.session():
+  model = convert.import_hf(folder, mesh.make_mesh(fsdp=2, tensor=2))
+  assert not any(leaf.is_fully_addressable for leaf in jax.tree.leaves(model.layers.q))
+  convert.export_hf(model, folder.with_name("again") if distributed.writes() else "/dev/null/nothing is written here")
+"""
+
+
+def test_two_processes_read_their_parts_and_write_the_whole(exported: pathlib.Path) -> None:
+  processes = test_distributed.start(TOGETHER.format(folder=str(exported)), exported.parent)
+  assert [process.wait(timeout=120) for process in processes] == [0, 0], (exported.parent / "0.err").read_text()
+  again = exported.with_name("again")
+  assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_files_are_as_the_library_writes_them(exported: pathlib.Path) -> None:
+  written = safetensors.numpy.save(tensors_of(exported), {"format": "pt"})
+  assert (exported / "model.safetensors").read_bytes() == written
 
 
 class Spy:
@@ -318,6 +342,8 @@ def test_incomplete_folders_are_refused(tmp_path: pathlib.Path) -> None:
 def test_export_refuses(exported: pathlib.Path, tokenizer_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
   with pytest.raises(ValueError, match="already holds weights"):
     convert.export_hf(make(), exported)
+  with pytest.raises(ValueError, match=r"dtype is 'int8'.*bfloat16"):
+    convert.export_hf(make(), tmp_path / "integers", dtype="int8")
   small = make(dataclasses.replace(CONFIG, vocab_size=8))
   with pytest.raises(ValueError, match=r"tokens, the model's embedding 8 rows"):
     convert.export_hf(small, tmp_path / "small", tokenizer_folder)
