@@ -34,7 +34,9 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "For plan: a slice such as v5p:4x4x4, or auto (auto:v5p): the smallest that holds the run."
+  "topology",
+  None,
+  "For plan: a slice (v5p:4x4x4, or two: 2*v5p:4x4x4), or auto (auto:v5p): the smallest that holds the run.",
 )
 _PROGRAMS = flags.DEFINE_list("programs", [], "For plan: only these of sft, dpo, reference, prefill, decode.")
 _JSON = flags.DEFINE_bool("json", False, "For plan: JSON instead of a table.")
@@ -111,7 +113,8 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
 
 def show_plan(settings: config_dict.ConfigDict) -> bool:
   """Compiles the run's programs for --topology and prints what they cost; whether they fit."""
-  if not _TOPOLOGY.value:
+  topology = _TOPOLOGY.value or settings.topology
+  if not topology:
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
   if settings.base.size not in llama.SIZES:
     raise artifacts.unknown(settings.base.size, list(llama.SIZES), "model size")
@@ -124,7 +127,7 @@ def show_plan(settings: config_dict.ConfigDict) -> bool:
     dropout=0.0,
     remat="none",
   )
-  return plan.run(settings, config, _TOPOLOGY.value, _PROGRAMS.value, _JSON.value)
+  return plan.run(settings, config, topology, _PROGRAMS.value, _JSON.value)
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:

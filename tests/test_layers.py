@@ -24,7 +24,7 @@ LAYERS = {
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"
   ),
-  "run": "steps chips hlo hlo_cost programs plan main",
+  "run": "steps slices chips hlo hlo_cost programs plan main",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
