@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -96,7 +97,7 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return Measured(program.name, count, time.monotonic() - started, error=_no_room(str(error)))
+      return Measured(program.name, count, time.monotonic() - started, error=_no_room(str(error), program.args))
   cost = hlo_cost.walk(compiled.as_text())
   memory = compiled.memory_analysis()
   # A kernel of the forward pass does a forward's FLOPs for its part; of the backward pass two and a half times that.
@@ -126,14 +127,22 @@ def measure(program: programs.Program, config: llama.LlamaConfig, chip: chips.Ch
   )
 
 
-def _no_room(message: str) -> str:
-  """The compiler's complaint, cut to its sum and its largest buffers."""
+def _no_room(message: str, arguments: Any) -> str:
+  """The compiler's complaint, cut to its sum and its largest buffers; where it lists none, the largest arguments."""
   used = re.search(r"Used [\d.]+\w of [\d.]+\w hbm[^.\n]*\.[^\n]*", message)
   buffers = re.findall(
     r"\d+\. Size: ([\d.]+\w+)\n(?:.*\n)*?\s*Operator: op_name=\"([^\"]*)\"(?:.*\n)*?\s*Shape: ([^\n]*)", message
   )
   lines = [used[0] if used else message.splitlines()[0][:300]]
-  return "\n".join(lines + [f"  {size}  {shape.strip()[:60]}  {name[-80:]}" for size, name, shape in buffers[:6]])
+  lines += [f"  {size}  {shape.strip()[:60]}  {name[-80:]}" for size, name, shape in buffers[:6]]
+  if not buffers:
+    sizes = {
+      jax.tree_util.keystr(path): (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
+    }
+    largest = sorted(sizes.items(), key=lambda item: item[1][0], reverse=True)[:6]
+    lines += [f"  {size / chips.GIB:.2f}G  {leaf.dtype}{list(leaf.shape)}  {name}" for name, (size, leaf) in largest]
+  return "\n".join(lines)
 
 
 def meshes(

@@ -63,9 +63,14 @@ def test_useful_flops() -> None:
   assert plan.useful_flops(SHAPE, program) == 3 * (2 * weights * 1024 + attention)
 
 
-def test_no_room_names_the_sum() -> None:
+def test_no_room_names_the_sum_and_the_largest_arguments() -> None:
   message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.5G of 95.74G hbm. Exceeded hbm capacity by 24.8G."  # noqa: E501
-  assert plan._no_room(message).startswith("Used 120.5G of 95.74G hbm.")
+  mesh = mesh_lib.make_mesh(fsdp=4, tensor=2)
+  found = programs.programs(small(), SHAPE, mesh, mesh)[0]
+  lines = plan._no_room(message, found.args).splitlines()
+  assert lines[0].startswith("Used 120.5G of 95.74G hbm.")
+  # Nothing is larger than gate, up and down: 2 layers of 256 × 512, a quarter by fsdp and half of that by tensor.
+  assert len(lines) == 7 and all("float32[2, 256, 512]" in line or "float32[2, 512, 256]" in line for line in lines[1:])
 
 
 @pytest.mark.slow
