@@ -39,6 +39,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+NOWHERE = Mesh(np.empty((), object), ())  # In use, it is as if no mesh were.
+
+
 def make_mesh(
   fsdp: int = -1, tensor: int = 1, data: int = 1, slice: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -159,6 +162,33 @@ def shardings(tree: T, mesh: Mesh) -> T:
     return leaf.replace(NamedSharding(mesh, spec(axes)))
 
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def moved(tree: T, mesh: Mesh) -> T:
+  """The same parameters on another mesh. A mesh of each process's own devices gets a whole copy, over the network.
+
+  Args:
+    tree: as for `shardings`, on a mesh of all devices.
+    mesh: of all devices, or of this process's alone; then of the same sizes in every process, which all must call this.
+  """
+
+  def put(mesh: Mesh) -> T:
+    with jax.set_mesh(NOWHERE):  # The two may name the devices in another order, which a mesh in use does not bear.
+      return jax.device_put(tree, shardings(tree, mesh))
+
+  if jax.process_count() == 1 or mesh.is_multi_process:
+    return put(mesh)
+  hosts: dict[int, list[jax.Device]] = {}
+  for device in jax.devices():
+    hosts.setdefault(device.process_index, []).append(device)
+  each = [make_mesh(**mesh.shape, devices=devices).devices for _, devices in sorted(hosts.items())]
+  copies = Mesh(np.stack(each), ("copy", *mesh.axis_names), axis_types=(AxisType.Auto,) * (1 + len(mesh.axis_names)))
+
+  def own(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    parts = [part.data for part in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+  return jax.tree.map(own, put(copies), shardings(tree, mesh))
 
 
 def fitting(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:

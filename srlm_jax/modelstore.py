@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, attention, checkpoint, distributed, llama, rollout, tokenizer
+from srlm_jax import artifacts, attention, checkpoint, distributed, llama, mesh as mesh_lib, rollout, tokenizer
 
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
@@ -82,10 +82,20 @@ def _cast(model: llama.Llama, dtype: str) -> llama.Llama:
 
 
 def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:
-  """A model that answers and judges."""
-  model = load(artifact, settings, mesh)
+  """A model that answers and judges, on the mesh of sampling.
+
+  It is read and cast where it takes least room, in parts on the mesh of training: all processes together read it once,
+  and no device ever holds more than its part of the stored weights and of the used ones.
+  """
+  training = mesh_lib.make_mesh(**settings.mesh)
+  with jax.set_mesh(training):
+    model = load(artifact, settings, training)
+    if settings.model.dtype != model.config.param_dtype:
+      model = _cast(model, settings.model.dtype)
+    if mesh != training:
+      model = mesh_lib.moved(model, mesh)
   return rollout.Speaker(
-    model=model if settings.model.dtype == model.config.param_dtype else _cast(model, settings.model.dtype),
+    model=model,
     tokenizer=load_tokenizer(artifact),
     chat_kind=settings.chat,
     rows=settings.generation.rows,

@@ -65,8 +65,13 @@ with distributed.session():
   wanted = checkpoint.fingerprints(model)
   checkpoint.save_model(place, model)
   own = mesh.make_mesh(data=2, fsdp=1, devices=jax.local_devices())
-  for devices in (mesh.make_mesh(fsdp=2, tensor=2), own):
+  crossed = mesh.make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[n] for n in (0, 2, 1, 3)])
+  for devices in (mesh.make_mesh(fsdp=2, tensor=2), crossed, own):
     assert checkpoint.fingerprints(checkpoint.load_model(place, devices, model.config)) == wanted
+    with jax.set_mesh(whole):
+      other = mesh.moved(model, devices)
+    assert checkpoint.fingerprints(other) == wanted
+    assert jax.tree.leaves(other)[0].is_fully_addressable == (devices is own)
   convert.export_hf(model, place / "hf", max_shard=4000)
   distributed.barrier("exported")
   assert checkpoint.fingerprints(convert.import_hf(place / "hf", whole)) == wanted
