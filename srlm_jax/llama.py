@@ -170,8 +170,9 @@ _gather.defvjp(lambda x_BTD: (_gather(x_BTD), None), lambda _, grad_BTD: (_resid
 def _merges(x_BTD: jax.Array) -> bool:
   """Whether matmuls of this input fetch their kernels whole and together: for many tokens on several devices.
 
-  Left alone, the compiler fetches a kernel's shards one by one and adds up, in bfloat16, what each contributes: more
-  time than the fetching takes.  For one token the copies would cost more than the matmuls, one device has no need.
+  Left alone, the compiler computes with a kernel's shards one by one as they arrive and adds up, in bfloat16, what each
+  contributes: that hides the network, at the price of cycles and precision.  For one token the copies would cost more
+  than the matmuls; one device has no need.
   """
   return x_BTD.shape[1] > 1 and mesh.devices() > 1
 
