@@ -32,12 +32,13 @@ export SRLM_SILENT_SECONDS=${SRLM_SILENT_SECONDS:-60}
 pids=()
 end() {
   kill -TERM "${pids[@]}" 2>/dev/null || true
-  wait
+  sleep 2
+  kill -KILL "${pids[@]}" 2>/dev/null || true # A stopped one does not take the other.
 }
 trap 'end; exit 130' INT TERM
 
-# Starts all processes and waits for them; `code` becomes the first that is not 0. The others, of no use then, have five
-# seconds to say why they end.
+# Starts all processes and waits for them; `code` becomes the first that is not 0. The others, of no use then, have
+# twenty seconds to say why they end.
 run() {
   local port number pid alive left failed
   port=$("$venv/bin/python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
@@ -64,8 +65,8 @@ run() {
         failed=$SECONDS
       fi
     done
-    if ((code && SECONDS - failed > 5)); then
-      kill -TERM ${left[@]+"${left[@]}"} 2>/dev/null || true
+    if ((code && SECONDS - failed > 20)); then
+      kill -KILL ${left[@]+"${left[@]}"} 2>/dev/null || true
     fi
     alive=(${left[@]+"${left[@]}"})
   done

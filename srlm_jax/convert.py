@@ -233,26 +233,17 @@ def _place(
   return jax.make_array_from_callback(shape, sharding, place)
 
 
-def _set_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
-  """As bits: a CPU takes bfloat16 through float32, all of the stack for each layer, and that changes some NaNs."""
-  bits = f"uint{8 * stack.dtype.itemsize}"
-  return jax.lax.dynamic_update_index_in_dim(stack.view(bits), layer.view(bits), index, 0).view(stack.dtype)
-
-
 def _load(tensors: Mapping[str, Any], layout: Layout, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
   """One of our parameters; a stacked one grows on its devices, so that the host holds no more than a layer of it."""
+  distributed.progress(f"read {layout.name}")
   shape, dtype = param.shape, param.dtype
   if not layout.stacked:
     return _place(tensors[layout.name], layout, shape, dtype, sharding)
-  of_layer = sharding
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    of_layer = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-  set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)
-  stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
-  for index in range(shape[0]):
-    layer = _place(tensors[layout.name.format(index)], layout, shape[1:], dtype, of_layer)
-    stack = set_layer(stack, layer, index).block_until_ready()  # Layers that wait for the devices would pile up.
-  return stack
+
+  def layer(index: int, of_layer: jax.sharding.Sharding) -> jax.Array:
+    return _place(tensors[layout.name.format(index)], layout, shape[1:], dtype, of_layer)
+
+  return mesh_lib.stack_layers(layer, shape, dtype, sharding)
 
 
 def import_hf(
@@ -316,16 +307,10 @@ def _theirs(model: llama.Llama, dtype: jax.typing.DTypeLike) -> dict[str, jax.Sh
   }
 
 
-@jax.jit
-def _layer(stack: jax.Array, index: int) -> jax.Array:
-  """Compiled once for all layers, which an index that is a constant is not."""
-  return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-
-
 def _whole(param: nnx.Param, layer: int | None) -> jax.Array:
   """One of our tensors, to be read by any process; all of them must take part."""
   # A copy of what is not stacked, too: numpy's view of an array lives as long as the array, here as the model.
-  array = param[...].copy() if layer is None else _layer(param[...], layer)
+  array = param[...].copy() if layer is None else mesh_lib.layer_of(param[...], layer)
   return jax.block_until_ready(distributed.whole(array))  # Processes that write nothing would run ahead.
 
 

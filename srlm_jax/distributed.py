@@ -187,16 +187,23 @@ def session() -> Iterator[None]:
   if not _join():
     yield
     return
-  over = threading.Event()
-  watcher = threading.Thread(target=_watch, args=(over,), name="srlm peers", daemon=True)
-  watcher.start()
+  over, round_ = threading.Event(), [time.monotonic()]
+  threads = [
+    threading.Thread(target=work, args=(over, round_), name=f"srlm {work.__name__}", daemon=True)
+    for work in (_watch, _guard)
+  ]
+  for thread in threads:
+    thread.start()
   try:
     yield
     barrier("the end")
   except BaseException as error:  # noqa: BLE001  # Also sys.exit: whatever it is, the others must not wait.
-    _fail(error)
+    if not (isinstance(error, SystemExit) and not error.code):
+      _fail(error)
+    barrier("the end")
   over.set()
-  watcher.join()
+  for thread in threads:
+    thread.join()
   jax.distributed.shutdown()
 
 
@@ -205,6 +212,8 @@ def _join() -> bool:
   count = os.environ.get("SRLM_PROCESSES", "1")
   if count == "1" and "SRLM_COORDINATOR" not in os.environ:
     return False
+  if count != "auto" and (missing := [name for name in ("SRLM_COORDINATOR", "SRLM_PROCESS") if name not in os.environ]):
+    sys.exit(f"srlm: SRLM_PROCESSES={count} needs {' and '.join(missing)}, too; SRLM_PROCESSES=auto finds them itself.")
   signal_abort = ctypes.CDLL(None).signal
   signal_abort(signal.SIGABRT, _on_abort)
   limit = _silent()
@@ -241,10 +250,14 @@ def _on_abort(number: int) -> None:
   os._exit(128 + number)
 
 
-def _leave(message: str, code: int) -> NoReturn:
-  """Ends this process at once, whatever its other threads are doing."""
+def _say(message: str) -> None:
   print(f"srlm: {name() or 'this process'} ends: {message}", file=sys.stderr, flush=True)
   sys.stdout.flush()
+
+
+def _leave(message: str, code: int) -> NoReturn:
+  """Ends this process at once, whatever its other threads are doing."""
+  _say(message)
   os._exit(code)
 
 
@@ -263,11 +276,13 @@ def _fail(error: BaseException) -> NoReturn:
     traceback.print_exception(error)
     lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LIBRARIES_LOST)
     code, message = LOST if lost else 1, f"{type(error).__name__}: {_short(error)}"
+  message = message or f"exit code {code}"
+  _say(message)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    _client().key_value_set(f"srlm/ended/{jax_distributed.global_state.process_id}", message or f"exit code {code}")
+    _client().key_value_set(f"srlm/ended/{jax_distributed.global_state.process_id}", json.dumps([code, message]))
     if writes():  # It is the coordinator: with it the message would go.
       time.sleep(3 * _beat())
-  _leave(message, code)
+  os._exit(code)
 
 
 class _Peer:
@@ -287,11 +302,13 @@ class _Peer:
       self.count, self.moved = count, time.monotonic()
 
 
-def _watch(over: threading.Event) -> None:
-  """Gives signs of life and looks for those of the others, until it is over or one of them fails."""
+def _watch(over: threading.Event, round_: list[float]) -> None:
+  """Gives signs of life and looks for those of the others, until it is over or one of them fails.
+
+  `round_` gets the time of each look: calls to a coordinator that is frozen do not return.
+  """
   client, state = _client(), jax_distributed.global_state
   peers = [_Peer() for _ in range(state.num_processes)]
-  reached = time.monotonic()
   for number in itertools.count():
     if over.wait(_beat()):
       return
@@ -299,17 +316,23 @@ def _watch(over: threading.Event) -> None:
       client.key_value_set(f"srlm/alive/{state.process_id}", json.dumps([number, *_progress]), True)
       words = client.key_value_dir_get("srlm/alive/")
       ended = client.key_value_dir_get("srlm/ended/")
-      reached = time.monotonic()
-    except jax.errors.JaxRuntimeError as error:
-      if time.monotonic() - reached > _silent():
-        _leave(f"process 0, the coordinator, does not answer: {_short(error)}", LOST)
+    except jax.errors.JaxRuntimeError:  # A coordinator that is gone for good is `_guard`'s.
       continue
+    round_[0] = time.monotonic()
     for path, word in words:
       peers[int(path.rpartition("/")[2])].hear(word)
-    for path, message in ended:
+    for path, said in ended:
       if (peer := path.rpartition("/")[2]) != str(state.process_id):
-        _leave(f"process {peer} ended: {message}", LOST)
+        code, message = json.loads(said)
+        _leave(f"process {peer} ended: {message}", code)  # Its code: what it met, all would meet again, or none.
     _check(peers)
+
+
+def _guard(over: threading.Event, round_: list[float]) -> None:
+  """Leaves where `_watch` has not come round for too long."""
+  while not over.wait(_beat()):
+    if time.monotonic() - round_[0] > _silent() + 2 * _beat():
+      _leave(f"process 0, the coordinator, has not answered for {time.monotonic() - round_[0]:.0f} s.", LOST)
 
 
 def _check(peers: list[_Peer]) -> None:

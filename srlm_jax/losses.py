@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 def sft(logprobs_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Mean negative log-likelihood (nats) over the target tokens of the whole batch."""
-  tokens = jnp.maximum(jnp.sum(mask_BT), 1)
-  loss = -jnp.sum(logprobs_BT * mask_BT) / tokens
+  tokens = jnp.sum(mask_BT)
+  loss = -jnp.sum(logprobs_BT * mask_BT) / jnp.maximum(tokens, 1)
   return loss, {"loss": loss, "target_tokens": tokens.astype(jnp.float32)}
 
 

@@ -113,9 +113,6 @@ def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> 
 
 def show_plan(settings: config_dict.ConfigDict) -> bool:
   """Compiles the run's programs for --topology and prints what they cost; whether they fit."""
-  topology = _TOPOLOGY.value or settings.topology
-  if not topology:
-    raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
   if settings.base.size not in llama.SIZES:
     raise artifacts.unknown(settings.base.size, list(llama.SIZES), "model size")
   how = settings.model
@@ -127,7 +124,7 @@ def show_plan(settings: config_dict.ConfigDict) -> bool:
     dropout=0.0,
     remat="none",
   )
-  return plan.run(settings, config, topology, _PROGRAMS.value, _JSON.value)
+  return plan.run(settings, config, _TOPOLOGY.value or settings.topology, _PROGRAMS.value, _JSON.value)
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
@@ -159,10 +156,8 @@ def _log_to_stderr() -> None:
   ours.setLevel(logging.INFO if distributed.writes() else logging.WARNING)
 
 
-@distributed.session()
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
-  _log_to_stderr()
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
@@ -171,21 +166,29 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  workdir = _absolute(_WORKDIR.value) if _WORKDIR.value else None
-  if workdir is None and stage not in ("stages", "plan"):
+  if _WORKDIR.value is None and stage not in ("stages", "plan"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
+  if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
+    raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
+  if stage == "export" and not (_MODEL.value and _OUT.value):
+    raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  with distributed.session():
+    _log_to_stderr()
+    _run_stage(stage, _absolute(_WORKDIR.value) if _WORKDIR.value else None)
+
+
+def _run_stage(stage: str, workdir: epath.Path | None) -> None:
+  """What the command line asks for; an error that a user can act on ends the program with one message."""
   started = time.monotonic()
   try:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
     if workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
-    elif stage == "export":
-      if not (_MODEL.value and _OUT.value):
-        raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+    elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
     else:
       run_steps(_CONFIG.value, workdir, stage)

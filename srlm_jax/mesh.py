@@ -2,7 +2,7 @@
 
 Parameters carry the names of their dimensions, activations are named where they are computed; `RULES` alone maps names
 to mesh axes.  "slice", "data" and "fsdp" split the batch, "fsdp" also the parameters, "tensor" heads, feed-forward and
-vocabulary.  Over "slice", the slower network between TPU slices, nothing goes but a train step's gradients, once.
+vocabulary.  Over "slice", the slower network between TPU slices, a train step sends its gradients, once, and no more.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from flax import nnx
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 import numpy as np
 
 Axes = tuple[str | None, ...]
@@ -73,7 +74,8 @@ def make_mesh(
     )
   groups: dict[int, list[jax.Device]] = {}
   for device in devices:
-    groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    number = getattr(device, "slice_index", None) if device.platform == "tpu" else None  # A GPU's says something else.
+    groups.setdefault(number or 0, []).append(device)
   if len(groups) > 1 and len(groups) != slice:
     raise ValueError(f"mesh sizes {sizes}: the devices are of {len(groups)} slices: set mesh.slice={len(groups)}.")
   if len(groups) == 1:
@@ -164,31 +166,81 @@ def shardings(tree: T, mesh: Mesh) -> T:
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+@jax.jit
+def layer_of(stack: jax.Array, index: int) -> jax.Array:
+  """One layer of a stacked parameter; compiled once for all of them, which an index that is a constant is not."""
+  return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
+def _with_layer(stack: jax.Array, layer: jax.Array, index: int) -> jax.Array:
+  """As bits: a CPU takes bfloat16 through float32, all of the stack for each layer, and that changes some NaNs."""
+  bits = f"uint{8 * stack.dtype.itemsize}"
+  return jax.lax.dynamic_update_index_in_dim(stack.view(bits), layer.view(bits), index, 0).view(stack.dtype)
+
+
+def stack_layers(
+  layer: Callable[[int, Sharding], jax.Array], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
+) -> jax.Array:
+  """A stacked parameter that grows in place on its devices, so that beside it there is never more than one layer.
+
+  Args:
+    layer: (index, sharding) → that layer, with that sharding.
+    shape: of the stack, its first dimension the layers.
+    dtype: of the stack.
+    sharding: of the stack, whose layers are not divided.
+  """
+  of_layer = sharding
+  if isinstance(sharding, NamedSharding):
+    of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  put = jax.jit(_with_layer, donate_argnums=0, out_shardings=sharding)
+  stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
+  for index in range(shape[0]):
+    stack = put(stack, layer(index, of_layer), index).block_until_ready()  # Layers that wait would pile up.
+  return stack
+
+
 def moved(tree: T, mesh: Mesh) -> T:
   """The same parameters on another mesh. A mesh of each process's own devices gets a whole copy, over the network.
+
+  They go layer by layer: on their way the compiler may make a parameter whole on every device.
 
   Args:
     tree: as for `shardings`, on a mesh of all devices.
     mesh: of all devices, or of this process's alone; then of the same sizes in every process, which all must call this.
+
+  Raises:
+    ValueError: this process's mesh orders its devices otherwise than `make_mesh` does.
   """
+  apart = jax.process_count() > 1 and not mesh.is_multi_process
+  target = _copies(mesh) if apart else mesh
 
-  def put(mesh: Mesh) -> T:
-    with jax.set_mesh(NOWHERE):  # The two may name the devices in another order, which a mesh in use does not bear.
-      return jax.device_put(tree, shardings(tree, mesh))
+  def one(param: nnx.Param, sharding: nnx.Param) -> nnx.Variable:
+    array, where = param[...], sharding.get_value()
+    if param.get_metadata()["axes"][0] == "layers":
+      array = stack_layers(
+        lambda index, of_layer: jax.device_put(layer_of(array, index), of_layer), array.shape, array.dtype, where
+      )
+    else:
+      array = jax.device_put(array, where)
+    if apart:
+      own = NamedSharding(mesh, where.spec)
+      parts = [part.data for part in array.addressable_shards]
+      array = jax.make_array_from_single_device_arrays(array.shape, own, parts)
+    return param.replace(array)
 
-  if jax.process_count() == 1 or mesh.is_multi_process:
-    return put(mesh)
+  with jax.set_mesh(NOWHERE):  # The two may name the devices in another order, which a mesh in use does not bear.
+    return jax.tree.map(one, tree, shardings(tree, target), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _copies(mesh: Mesh) -> Mesh:
+  """The meshes of all processes, of the same sizes as this one's, as one mesh with an axis "copy" over them."""
   hosts: dict[int, list[jax.Device]] = {}
   for device in jax.devices():
     hosts.setdefault(device.process_index, []).append(device)
   each = [make_mesh(**mesh.shape, devices=devices).devices for _, devices in sorted(hosts.items())]
-  copies = Mesh(np.stack(each), ("copy", *mesh.axis_names), axis_types=(AxisType.Auto,) * (1 + len(mesh.axis_names)))
-
-  def own(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    parts = [part.data for part in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-
-  return jax.tree.map(own, put(copies), shardings(tree, mesh))
+  if not np.array_equal(each[jax.process_index()], mesh.devices):
+    raise ValueError(f"the mesh {mesh} orders this process's devices in its own way: make it by make_mesh.")
+  return Mesh(np.stack(each), ("copy", *mesh.axis_names), axis_types=(AxisType.Auto,) * (1 + len(mesh.axis_names)))
 
 
 def fitting(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:

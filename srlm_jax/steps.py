@@ -122,7 +122,10 @@ def sampling_mesh(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> 
   devices = list(mesh.devices.flat)
   here = [device for device in devices if device.process_index == jax.process_index()]
   whole = own.data == -1 and here and len(here) % (own.fsdp * own.tensor) == 0
-  return mesh_lib.make_mesh(**own, devices=here if whole else devices)
+  try:
+    return mesh_lib.make_mesh(**own, slice=1 if whole else mesh.shape["slice"], devices=here if whole else devices)
+  except ValueError as error:
+    raise ValueError(f"generation.mesh: {error}") from error
 
 
 def check_choices(settings: config_dict.ConfigDict) -> None:

@@ -174,8 +174,9 @@ def _gradients(
       return _in_turn(share[0], model, jax.random.fold_in(key, share[1]), loss_fn, accumulate)
 
     grads, metrics, total = mesh.each_slice(one, share, model, key)
-  grads = jax.tree.map(lambda leaf: leaf / total.astype(leaf.dtype), grads)
-  means = {name: value / total for name, value in metrics.items()}
+  some = jnp.maximum(total, 1)  # A batch without targets moves nothing.
+  grads = jax.tree.map(lambda leaf: leaf / some.astype(leaf.dtype), grads)
+  means = {name: value / some for name, value in metrics.items()}
   return grads, means | ({"target_tokens": total} if "target_tokens" in means else {})
 
 

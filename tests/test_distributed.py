@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 TOGETHER = """
@@ -64,7 +66,7 @@ with distributed.session():
   assert not jax.tree.leaves(model)[0].is_fully_addressable
   wanted = checkpoint.fingerprints(model)
   checkpoint.save_model(place, model)
-  own = mesh.make_mesh(data=2, fsdp=1, devices=jax.local_devices())
+  own = mesh.make_mesh(data=1, fsdp=1, tensor=2, devices=jax.local_devices())
   crossed = mesh.make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[n] for n in (0, 2, 1, 3)])
   for devices in (mesh.make_mesh(fsdp=2, tensor=2), crossed, own):
     assert checkpoint.fingerprints(checkpoint.load_model(place, devices, model.config)) == wanted
@@ -84,6 +86,20 @@ with distributed.session():
   if not distributed.writes():
     raise ValueError("the data are bad")
   distributed.barrier("the other")
+"""
+FAILING_FIRST = """
+from srlm_jax import distributed
+def work():
+  raise ValueError("the disk is full")
+with distributed.session():
+  distributed.first("write", work)
+"""
+STOPPED = """
+import time
+from srlm_jax import distributed
+with distributed.session():
+  print("here", flush=True)
+  time.sleep(300)
 """
 STUCK = """
 import time
@@ -155,9 +171,35 @@ def test_weights_are_written_and_read_in_parts(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_process_that_fails_ends_the_other_with_its_reason(tmp_path: pathlib.Path) -> None:
-  codes, _, errors = end(FAILING, tmp_path)
-  assert codes == [75, 1]
-  assert "process 1 ended: ValueError: the data are bad" in errors[0]
+  for code, who, reason in ((FAILING, 1, "ValueError: the data are bad"), (FAILING_FIRST, 0, "the disk is full")):
+    place = tmp_path / str(who)
+    place.mkdir()
+    codes, _, errors = end(code, place)
+    assert codes == [1, 1]  # What it met, the others would meet again: 75 would start them in vain.
+    assert reason in errors[who] and f"process {who} ended: " in errors[1 - who] and reason in errors[1 - who]
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_ends_the_other_with_75(tmp_path: pathlib.Path, frozen: int) -> None:
+  processes = start(STOPPED, tmp_path, SRLM_SILENT_SECONDS="8")
+  until = time.monotonic() + 60
+  while any("here" not in (tmp_path / f"{number}.out").read_text() for number in (0, 1)):
+    assert time.monotonic() < until, (tmp_path / "0.err").read_text()
+    time.sleep(0.2)
+  processes[frozen].send_signal(signal.SIGSTOP)
+  try:
+    assert processes[1 - frozen].wait(timeout=60) == 75
+  finally:
+    processes[frozen].kill()
+  assert f"process {frozen}" in (tmp_path / f"{1 - frozen}.err").read_text()
+
+
+def test_what_the_environment_lacks_is_said() -> None:
+  done = subprocess.run(
+    [sys.executable, "-c", "from srlm_jax import distributed\nwith distributed.session(): pass"],
+    cwd=ROOT, env={**os.environ, "SRLM_PROCESSES": "2"}, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 1 and "SRLM_PROCESSES=2 needs SRLM_COORDINATOR and SRLM_PROCESS" in done.stderr
 
 
 def test_where_nobody_gets_anywhere_all_end_and_say_where_they_are(tmp_path: pathlib.Path) -> None:

@@ -60,6 +60,12 @@ def test_what_the_others_would_wait_for_ends_them(tmp_path: pathlib.Path) -> Non
   assert time.monotonic() - began < 60
 
 
+def test_a_stopped_process_is_killed(tmp_path: pathlib.Path) -> None:
+  body = "if ((tries)); then exit 0; fi; if ((SRLM_PROCESS == 1)); then kill -STOP $$; fi; exit 75"
+  done = pod("2", "1", "all", **fake(tmp_path, body))
+  assert done.returncode == 0 and starts(tmp_path) == [2, 2]
+
+
 def test_it_gives_up(tmp_path: pathlib.Path) -> None:
   done = pod("2", "1", "all", **fake(tmp_path, "exit 75"), RETRIES="1")
   assert done.returncode == 75 and starts(tmp_path) == [2, 2]

@@ -124,6 +124,15 @@ def test_a_batch_in_parts_is_the_same_update(kind):
     same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, count), whole)
 
 
+def test_a_part_without_targets_weighs_nothing():
+  model = llama.Llama(CONFIG, jax.random.key(4))
+  batch = make_batch([batching.Example((5, 6, 7, 2), 2), batching.Example((5, 6, 9, 2), 4)])  # The second has none.
+  loss_fn = functools.partial(train_step.sft_loss, chunk=0)
+  whole = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
+  same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, 2), whole)
+  assert float(whole[1]["target_tokens"]) == 2
+
+
 @pytest.mark.parametrize(("kind", "accumulate"), [("sft", 1), ("dpo", 1), ("dpo", 2)])
 def test_slices_give_the_same_update_and_talk_once(kind, accumulate):
   model = llama.Llama(llama.dataclasses.replace(CONFIG, kv_heads=2, vocab_size=30, remat="full"), jax.random.key(4))
