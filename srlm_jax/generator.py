@@ -1,5 +1,6 @@
-"""The host side of sampling: requests in, completions out, in batches of static shape."""
+"""The host side of sampling: requests in, completions out, through slots of static shape that are filled anew."""
 
+import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
@@ -33,6 +34,14 @@ def row_key(seed: int, name: str, sample: int) -> np.ndarray:
   return np.frombuffer(digest[:8], np.uint32)
 
 
+@dataclasses.dataclass
+class Usage:
+  """How well the slots were used: tokens drawn, of the tokens that all slots together could have drawn."""
+
+  drawn: int = 0
+  offered: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
   """Runs one model over many requests.
@@ -41,9 +50,10 @@ class Generator:
     model: the model.
     eos_id: its end token.
     sampling: temperature, top-p and the longest continuation.
-    rows: continuations decoded at once, about: a batch holds rows // samples prompts, rounded to fill the devices.
+    rows: continuations decoded at once, rounded to fill the devices.
     max_prompt: longest prompt in tokens; the caller checks it, a longer one is a ValueError here.
     seed: of all random draws.
+    usage: is added to.
   """
 
   model: llama.Llama
@@ -52,79 +62,132 @@ class Generator:
   rows: int
   max_prompt: int
   seed: int
+  usage: Usage = dataclasses.field(default_factory=Usage)
 
   def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Completion]]]:
-    """Yields each request with its completions, in an order of its own: shortest bucket first.
-
-    The next batch is dispatched before the last one is read, so that host work overlaps the device.
-    """
-    waiting: tuple[list[Request], tuple[jax.Array, jax.Array]] | None = None
-    for length, batch in self._batches(requests):
-      running = batch, self._dispatch(batch, length)
-      if waiting:
-        yield from self._collect(*waiting)
-      waiting = running
-    if waiting:
-      yield from self._collect(*waiting)
+    """Yields each request with its completions, in an order of its own: shortest bucket first, then as they end."""
+    for length, group in self._buckets(requests):
+      yield from _Run(self, length, group).results()
 
   def option_probs(self, requests: Sequence[Request], options: Sequence[int]) -> Iterator[tuple[Request, np.ndarray]]:
     """Yields each request with float32 [options]: how its next token's probability is divided among the options."""
     ids = np.asarray(options, np.int32)
-    for length, batch in self._batches(requests):
-      prompts, lengths = self._pad(batch, length)
-      probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
-      yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
+    for length, group in self._buckets(requests):
+      count = mesh.whole_batch(min(self.rows, len(group)))
+      for start in range(0, len(group), count):
+        batch = group[start : start + count]
+        prompts, lengths = pad(batch, length, count)
+        probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
+        yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
 
-  def _slots(self, samples: int) -> int:
-    """Prompts of a batch: about rows // samples, a multiple of what the mesh in use divides a batch into."""
-    ways = mesh.ways("batch")
-    return max(self.rows // samples // ways, 1) * ways
-
-  def _pad(self, batch: list[Request], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [R, P] and their lengths [R], empty slots at the end."""
-    count = self._slots(batch[0].samples)
-    lengths = np.zeros(count, np.int32)
-    lengths[: len(batch)] = [len(request.tokens) for request in batch]
-    return batching.pad([request.tokens for request in batch], length, count), lengths
-
-  def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Request]]]:
+  def _buckets(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Request]]]:
+    """The requests by the length that holds their prompts, shortest first."""
     sizes = batching.doubling_buckets(32, self.max_prompt)
-    groups: dict[tuple[int, int], list[Request]] = {}
+    groups: dict[int, list[Request]] = {}
     for request in requests:
-      groups.setdefault((batching.bucket(len(request.tokens), sizes), request.samples), []).append(request)
-    for (length, samples), group in sorted(groups.items(), key=lambda item: item[0]):
-      group.sort(key=lambda request: len(request.tokens))
-      size = self._slots(samples)
-      for start in range(0, len(group), size):
-        yield length, group[start : start + size]
+      groups.setdefault(batching.bucket(len(request.tokens), sizes), []).append(request)
+    for length, group in sorted(groups.items()):
+      yield length, sorted(group, key=lambda request: len(request.tokens))
 
-  def _dispatch(self, batch: list[Request], length: int) -> tuple[jax.Array, jax.Array]:
-    samples = batch[0].samples
-    prompts, lengths = self._pad(batch, length)
-    keys = np.zeros((len(prompts) * samples, 2), np.uint32)
-    for row, request in enumerate(batch):
-      for sample in range(samples):
-        keys[row * samples + sample] = row_key(self.seed, request.name, sample)
-    out = sampling.generate(
-      self.model,
-      prompts,
-      lengths,
-      keys,
-      samples=samples,
-      sampling=self.sampling,
-      eos_id=self.eos_id,
-      dtype=self.model.config.dtype,
-    )
-    return distributed.whole(out)
+
+def pad(batch: Sequence[Request], length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts [count, length] and their lengths [count]; rows without a request are empty."""
+  lengths = np.zeros(count, np.int32)
+  lengths[: len(batch)] = [len(request.tokens) for request in batch]
+  return batching.pad([request.tokens for request in batch], length, count), lengths
+
+
+def _ladder(rows: int) -> list[int]:
+  """The numbers of slots that programs are compiled for: `rows`, a quarter of it, and so on, in whole batches."""
+  sizes = [mesh.whole_batch(rows)]
+  while sizes[-1] > mesh.whole_batch(1):
+    sizes.append(mesh.whole_batch(sizes[-1] // 4))
+  return sizes
+
+
+class _Run:
+  """The requests of one bucket on their way through the slots.
+
+  Prompts go through the model in batches, ahead of need; a slot whose continuation has ended begins another one after
+  at most `steps` tokens; and where none is left to begin, the slots that still have work move together.
+  """
+
+  def __init__(self, engine: Generator, length: int, requests: Sequence[Request]) -> None:
+    self.engine, self.length = engine, length
+    self.queue = collections.deque(requests)
+    total = sum(request.samples for request in requests)
+    self.count = min(size for size in _ladder(engine.rows) if size >= min(total, engine.rows))
+    self.batch = mesh.whole_batch(max(self.count // requests[0].samples // 2, 1))  # Prompts that go through at once.
+    self.steps = min(max(engine.sampling.max_new // 10, 1), 8)
+    config = engine.model.config
+    sizes = {"prompt": length, "longest": engine.sampling.max_new, "dtype": config.dtype}
+    self.slots = sampling.empty(config, count=self.count, **sizes)
+    self.holds: list[tuple[Request, int] | None] = [None] * self.count  # The request and sample in each slot.
+    self.prompts: sampling.Prompts | None = None
+    self.waiting: collections.deque[tuple[int, Request, int]] = collections.deque()  # (source, request, sample)
+    self.found: dict[str, dict[int, Completion]] = {}
+
+  def results(self) -> Iterator[tuple[Request, list[Completion]]]:
+    """Yields each request once all its samples have ended; the caller's work overlaps the device's."""
+    ready: list[tuple[Request, list[Completion]]] = []
+    while self.queue or self.waiting or any(self.holds):
+      self._fill()
+      self.slots, steps = sampling.advance(
+        self.engine.model, self.slots, steps=self.steps, sampling=self.engine.sampling, eos_id=self.engine.eos_id
+      )
+      seen = distributed.whole((steps, self.slots.done_B, self.slots.counts_B, self.slots.tokens_BG))
+      yield from ready
+      ready = self._collect(*jax.device_get(seen))
+      self._shrink()
+    yield from ready
+
+  def _fill(self) -> None:
+    """Begins waiting continuations in the free slots."""
+    free = [row for row, held in enumerate(self.holds) if held is None]
+    while free and (self.waiting or self.queue):
+      if not self.waiting:
+        batch = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
+        self.prompts = sampling.prefill(
+          self.engine.model, *pad(batch, self.length, self.batch), dtype=self.engine.model.config.dtype
+        )
+        self.waiting.extend((source, one, sample) for source, one in enumerate(batch) for sample in range(one.samples))
+      begun = [(free.pop(0), *self.waiting.popleft()) for _ in range(min(len(free), len(self.waiting)))]
+      rows, sources = np.zeros((2, self.count), np.int32)
+      keys = np.zeros((self.count, 2), np.uint32)
+      for place, (row, source, request, sample) in enumerate(begun):
+        rows[place], sources[place] = row, source
+        keys[place] = row_key(self.engine.seed, request.name, sample)
+        self.holds[row] = request, sample
+      self.slots = sampling.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), keys)
 
   def _collect(
-    self, batch: list[Request], out: tuple[jax.Array, jax.Array]
-  ) -> Iterator[tuple[Request, list[Completion]]]:
-    tokens, counts = jax.device_get(out)
-    distributed.progress(f"generation: {batch[0].name}")
-    for row, request in enumerate(batch):
-      completions = []
-      for index in range(row * request.samples, (row + 1) * request.samples):
-        ids = tuple(tokens[index, : counts[index]].tolist())
-        completions.append(Completion(ids, bool(ids) and ids[-1] == self.eos_id))
-      yield request, completions
+    self, steps: np.ndarray, done_B: np.ndarray, counts_B: np.ndarray, tokens_BG: np.ndarray
+  ) -> list[tuple[Request, list[Completion]]]:
+    """Frees the slots that have ended; the requests that are complete with them."""
+    self.engine.usage.offered += int(steps) * self.count
+    complete = []
+    for row in np.flatnonzero(done_B):
+      held, self.holds[row] = self.holds[row], None
+      if held is None:
+        continue
+      request, sample = held
+      ids = tuple(tokens_BG[row, : counts_B[row]].tolist())
+      self.engine.usage.drawn += len(ids)
+      samples = self.found.setdefault(request.name, {})
+      samples[sample] = Completion(ids, ids[-1] == self.engine.eos_id)
+      if len(samples) == request.samples:
+        del self.found[request.name]
+        complete.append((request, [samples[index] for index in range(request.samples)]))
+        distributed.progress(f"generation: {request.name}")
+    return complete
+
+  def _shrink(self) -> None:
+    """Where nothing is left to begin and a quarter of the slots (or of that …) would do, goes on with as many."""
+    held = [row for row, one in enumerate(self.holds) if one is not None]
+    fewer = min(size for size in _ladder(self.count) if size >= len(held))
+    if self.queue or self.waiting or not held or fewer == self.count:
+      return
+    rest = [row for row, one in enumerate(self.holds) if one is None]
+    rows = (held + rest)[:fewer]
+    self.slots = sampling.keep(self.slots, np.asarray(rows, np.int32))
+    self.holds, self.count = [self.holds[row] for row in rows], fewer

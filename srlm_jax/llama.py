@@ -305,16 +305,18 @@ class Llama(nnx.Module):
     """Hidden states [B, T, D] of the next T tokens, and the cache with them: prefill of prompts, or decoding (T = 1).
 
     Args:
-      tokens_BT: int32 ids; they are written into T slots from the cursor on, which advances by T for all rows.
+      tokens_BT: int32 ids; they are written into T slots from the cursor on, which advances by T for all rows. One
+        token at a time the slots are a ring: behind the last comes the first.
       positions_BT: int32 place of each token in its own text, whatever its slot.
       valid_BT: bool; a token that is not valid (padding, or a row that has ended) is seen by no other.
-      cache: must have T slots left: beyond its end the last slots are overwritten.  Donate it to `jax.jit` to update
-        it in place.
+      cache: must have T slots left, where T > 1. Donate it to `jax.jit` to update it in place.
     """
-    start, count, slots = cache.cursor, tokens_BT.shape[1], cache.valid_BS.shape[1]
+    count, slots = tokens_BT.shape[1], cache.valid_BS.shape[1]
+    start = cache.cursor % slots
     valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT, (0, start))
-    reached_TS = jnp.arange(slots)[None, :] <= start + jnp.arange(count)[:, None]
-    mask_BTS = valid_BS[:, None, :] & reached_TS
+    mask_BTS = jnp.broadcast_to(valid_BS[:, None, :], (len(valid_BS), count, slots))
+    if count > 1:
+      mask_BTS &= jnp.arange(slots)[None, :] <= start + jnp.arange(count)[:, None]
     tables = _rope_tables(self.config, positions_BT)
 
     def step(
@@ -334,7 +336,7 @@ class Llama(nnx.Module):
 
     carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)
     (x_BTD, keys, values), _ = mesh.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
-    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, start + count)
+    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, cache.cursor + count)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """float32 [..., V] of hidden states [..., D] that the final norm has passed."""

@@ -47,11 +47,13 @@ def test_draws_follow_the_distribution():
   probs = np.array([0.5, 0.3, 0.15, 0.05])
   keys = jax.random.wrap_key_data(np.random.default_rng(0).integers(0, 2**32, (20000, 2), dtype=np.uint32))
   logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs)), (20000, 4))
-  plain = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(0), 1.0, 1.0)), minlength=4) / 20000
+  plain = (
+    np.bincount(np.asarray(sampling.draw(logits, keys, jnp.zeros(20000, jnp.int32), 1.0, 1.0)), minlength=4) / 20000
+  )
   np.testing.assert_allclose(plain, probs, atol=0.015)
-  cut = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(1), 1.0, 0.75)), minlength=4) / 20000
+  cut = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.ones(20000, jnp.int32), 1.0, 0.75)), minlength=4) / 20000
   np.testing.assert_allclose(cut, [0.625, 0.375, 0, 0], atol=0.015)
-  hot = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(2), 0.5, 1.0)), minlength=4) / 20000
+  hot = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.full(20000, 2), 0.5, 1.0)), minlength=4) / 20000
   np.testing.assert_allclose(hot, probs**2 / np.sum(probs**2), atol=0.015)
 
 
@@ -104,12 +106,23 @@ def test_an_end_token_ends_the_text_and_is_in_it(model):
     assert text.finished or len(text.tokens) == 30
 
 
-def test_one_program_for_a_bucket_whatever_the_requests(model):
+def test_few_programs_for_a_bucket_whatever_the_requests(model):
   engine = make(model, temperature=1.0, max_new=7)
-  run(engine, [generator.Request("a", (5,) * 3, 2)])
-  compiled = sampling.generate._cache_size()
-  run(engine, [generator.Request(str(n), (5,) * (n % 31 + 1), 2) for n in range(50)])
-  assert sampling.generate._cache_size() == compiled
+  programs = {sampling.prefill: 3, sampling.admit: 3, sampling.advance: 3, sampling.keep: 3}  # 8, 2 and 1 slots.
+  before = {program: program._cache_size() for program in programs}
+  for count in (50, 1, 3, 7, 2, 19, 6, 4):
+    run(engine, [generator.Request(f"{count} {n}", (5,) * (n % 31 + 1), 2) for n in range(count)])
+  for program, most in programs.items():
+    assert program._cache_size() - before[program] <= most, program
+
+
+def test_slots_are_filled_again_as_they_empty(model):
+  requests = [generator.Request(str(n), (3 + n % 50,), 4) for n in range(40)]
+  engine = make(model, rows=16, temperature=1.5, top_p=1.0, max_new=40)
+  texts = [len(text.tokens) for texts in run(engine, requests).values() for text in texts]
+  assert engine.usage.drawn == sum(texts) and len(texts) == 160
+  together = sum(16 * max(texts[start : start + 16]) for start in range(0, 160, 16))  # Each batch to its longest text.
+  assert sum(texts) / together < 0.75 < 0.85 < engine.usage.drawn / engine.usage.offered
 
 
 def test_a_prompt_that_is_too_long_is_an_error(model):
