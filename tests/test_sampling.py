@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax import generator, llama, sampling
+from srlm_jax import generator, llama, mesh, sampling
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=61, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=64, tied=True
+  vocab_size=62, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=64, tied=True
 )
 EOS = 2
 
@@ -70,7 +70,7 @@ def full_forward_greedy(model, prompt, steps):
 
 def test_greedy_decoding_equals_the_full_forward(model):
   rng = np.random.default_rng(1)
-  requests = [generator.Request(str(n), tuple(rng.integers(3, 61, n)), 1) for n in (1, 5, 17, 32, 33)]
+  requests = [generator.Request(str(n), tuple(rng.integers(3, 62, n)), 1) for n in (1, 5, 17, 32, 33)]
   found = run(make(model, temperature=0.0, max_new=12), requests)
   for request in requests:
     assert found[request.name][0].tokens == full_forward_greedy(model, request.tokens, 12)
@@ -78,7 +78,7 @@ def test_greedy_decoding_equals_the_full_forward(model):
 
 def test_the_text_depends_neither_on_the_batch_nor_on_the_order(model):
   rng = np.random.default_rng(2)
-  requests = [generator.Request(f"r{n}", tuple(rng.integers(3, 61, rng.integers(1, 40))), 2) for n in range(9)]
+  requests = [generator.Request(f"r{n}", tuple(rng.integers(3, 62, rng.integers(1, 40))), 2) for n in range(9)]
   one = run(make(model, rows=4, temperature=1.0, top_p=0.9, max_new=16), requests)
   other = run(make(model, rows=16, temperature=1.0, top_p=0.9, max_new=16), requests[::-1])
   assert one == other
@@ -123,6 +123,16 @@ def test_slots_are_filled_again_as_they_empty(model):
   assert engine.usage.drawn == sum(texts) and len(texts) == 160
   together = sum(16 * max(texts[start : start + 16]) for start in range(0, 160, 16))  # Each batch to its longest text.
   assert sum(texts) / together < 0.75 < 0.85 < engine.usage.drawn / engine.usage.offered
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8), dict(tensor=2, fsdp=4)], ids=str)
+def test_on_several_devices_the_texts_are_the_same(model, sizes):
+  requests = [generator.Request(str(n), (3 + n,) * (n % 7 + 1), 3) for n in range(20)]
+  alone = run(make(model, rows=16, temperature=1.2, max_new=12), requests)
+  devices = mesh.make_mesh(**sizes)
+  with jax.set_mesh(devices):
+    placed = jax.device_put(model, mesh.shardings(model, devices))
+    assert run(make(placed, rows=16, temperature=1.2, max_new=12), requests) == alone
 
 
 def test_a_prompt_that_is_too_long_is_an_error(model):
