@@ -10,6 +10,7 @@ import functools
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,8 +35,8 @@ class LlamaConfig:
 
   `dtype` is that of activations and matmuls, `param_dtype` that of the parameters; softmax, norms and logits are
   float32 always.  `dropout` falls on the embedding and on what each half of a layer adds.  `remat` says what the
-  backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but matmuls with
-  weights).  `attention` is one of attention.KINDS.
+  backward pass computes again: "none", "full" (all but a layer's input) or "minimal" (all but what matmuls with
+  weights gave).  `attention` is one of attention.KINDS.
   """
 
   vocab_size: int
@@ -152,8 +153,61 @@ def _rms_norm(x_BTD: jax.Array, scale_D: nnx.Param, eps: float) -> jax.Array:
 
 
 def _residual(x_BTD: jax.Array) -> jax.Array:
-  """What goes from layer to layer, its length divided over "tensor"; of one token there is nothing to divide."""
-  return mesh.constrain(x_BTD, ("batch", "residual" if x_BTD.shape[1] > 1 else "length", "features"))
+  """What goes from layer to layer, its features divided over "tensor"; one token's are too few to divide."""
+  return mesh.constrain(x_BTD, ("batch", "length", "residual" if x_BTD.shape[1] > 1 else "features"))
+
+
+@jax.custom_vjp
+def _gather(x_BTD: jax.Array) -> jax.Array:
+  """A residual with all its features everywhere; the gradient is divided like a residual again."""
+  return mesh.constrain(x_BTD, ("batch", "length", "features"))
+
+
+# Without it the gradient would have to be whole, too: an all-reduce where a reduce-scatter, half of it, will do.
+_gather.defvjp(lambda x_BTD: (_gather(x_BTD), None), lambda _, grad_BTD: (_residual(grad_BTD),))
+
+
+def _merges(x_BTD: jax.Array) -> bool:
+  """Whether matmuls of this input fetch their kernels whole and together: for many tokens on several devices.
+
+  Left alone, the compiler computes with a kernel's shards one by one as they arrive and adds up, in bfloat16, what each
+  contributes: that hides the network, at the price of cycles and precision.  For one token the copies would cost more
+  than the matmuls; one device has no need.
+  """
+  return x_BTD.shape[1] > 1 and mesh.devices() > 1
+
+
+def _kernel(kernel: jax.Array, axes: mesh.Axes, x_BTD: jax.Array) -> jax.Array:
+  """A kernel of these dimensions as a matmul of this input takes it: in its type, and whole over "embed" if merged.
+
+  Give several as one before this cast: between joint and cast the compiler finds the reduce-scatter of their gradient.
+  """
+  kernel = kernel.astype(x_BTD.dtype)
+  if not _merges(x_BTD):
+    return kernel
+  return mesh.constrain(kernel, tuple("features" if axis == "embed" else axis for axis in axes))
+
+
+@jax.custom_vjp
+def _pair(x_BTD: jax.Array, kernels_2DF: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Two matmuls [B, T, F] of one input, whose gradients are one matmul each: no sum over the pair in memory."""
+  return jnp.einsum("btd,df->btf", x_BTD, kernels_2DF[0]), jnp.einsum("btd,df->btf", x_BTD, kernels_2DF[1])
+
+
+def _pair_gradient(
+  saved: tuple[jax.Array, jax.Array], grads: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  x_BTD, kernels_2DF = saved
+  grads_BT2F = jnp.stack(grads, axis=2)
+  return jnp.einsum("btnf,ndf->btd", grads_BT2F, kernels_2DF), jnp.einsum("btd,btnf->ndf", x_BTD, grads_BT2F)
+
+
+_pair.defvjp(lambda x_BTD, kernels_2DF: (_pair(x_BTD, kernels_2DF), (x_BTD, kernels_2DF)), _pair_gradient)
+
+
+def _product(x: jax.Array) -> jax.Array:
+  """Marks what came out of a matmul with weights: remat="minimal" keeps it for the backward pass."""
+  return ad_checkpoint.checkpoint_name(x, "product")
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -199,10 +253,17 @@ class Layers(nnx.Module):
   def project(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One layer's queries [B, T, K, G, H], keys [B, K, H, T] and values [B, K, T, H]; queries and keys rotated."""
     x = _rms_norm(x_BTD, self.attention_norm, self.config.norm_eps)
-    x = mesh.constrain(x, ("batch", "length", "features"))
-    q_BTKGH = _rotate(jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype)), tables)
-    k_BTKH = _rotate(jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype)), tables)
-    v_BTKH = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
+    x = _gather(x)
+    if _merges(x):  # One matmul, as keys and values are narrow; M: a kv head's queries, its key and its value.
+      kernel_DKMH = jnp.concatenate([self.q[...], self.k[...][:, :, None], self.v[...][:, :, None]], axis=2)
+      kernel_DKMH = _kernel(kernel_DKMH, ("embed", "kv_heads", "group", "head_dim"), x)
+      all_BTKMH = jnp.einsum("btd,dkmh->btkmh", x, kernel_DKMH)
+      q_BTKGH, k_BTKH, v_BTKH = all_BTKMH[:, :, :, :-2], all_BTKMH[:, :, :, -2], all_BTKMH[:, :, :, -1]
+    else:
+      q_BTKGH = jnp.einsum("btd,dkgh->btkgh", x, self.q[...].astype(x.dtype))
+      k_BTKH = jnp.einsum("btd,dkh->btkh", x, self.k[...].astype(x.dtype))
+      v_BTKH = jnp.einsum("btd,dkh->btkh", x, self.v[...].astype(x.dtype))
+    q_BTKGH, k_BTKH, v_BTKH = map(_product, (_rotate(q_BTKGH, tables), _rotate(k_BTKH, tables), v_BTKH))
     return (
       mesh.constrain(q_BTKGH, attention.QUERIES),
       mesh.constrain(k_BTKH.transpose(0, 2, 3, 1), attention.KEYS),
@@ -213,20 +274,23 @@ class Layers(nnx.Module):
     """One layer's output [B, T, D]: its input, plus the attention's projection, plus the feed-forward block."""
     rate, dtype = self.config.dropout, x_BTD.dtype
     keys = (None, None) if key is None else jax.random.split(key)
-    added = jnp.einsum("btkgh,kghd->btd", mixed_BTKGH, self.o[...].astype(dtype))
-    x_BTD = _residual(x_BTD + _dropout(added, rate, keys[0]))
-    x = _rms_norm(x_BTD, self.ffw_norm, self.config.norm_eps)
-    x = mesh.constrain(x, ("batch", "length", "features"))
+    o_KGHD = _kernel(self.o[...], ("kv_heads", "group", "head_dim", "embed"), x_BTD)
+    added = jnp.einsum("btkgh,kghd->btd", mixed_BTKGH, o_KGHD)
+    x_BTD = _product(_residual(x_BTD + _dropout(added, rate, keys[0])))
+    x = _gather(_rms_norm(x_BTD, self.ffw_norm, self.config.norm_eps))
     # On one device all tokens in one dimension: XLA on CPU takes three times as long for the gradient of [B, T, D]
     # matmuls. On several the batch must stay a dimension of its own, or the compiler gathers all tokens everywhere.
     axes: mesh.Axes = ("batch", "length", "ffw")
     shape = x.shape
     if mesh.devices() == 1:
       x, axes = x.reshape(-1, shape[-1]), ("batch", "ffw")
-    gate = jnp.einsum("...d,df->...f", x, self.gate[...].astype(dtype))
-    up = jnp.einsum("...d,df->...f", x, self.up[...].astype(dtype))
-    inner = mesh.constrain(jax.nn.silu(gate) * up, axes)
-    added = jnp.einsum("...f,fd->...d", inner, self.down[...].astype(dtype)).reshape(shape)
+    if _merges(x_BTD):
+      gate, up = _pair(x, _kernel(jnp.stack([self.gate[...], self.up[...]]), (None, "embed", "ffw"), x_BTD))
+    else:
+      gate, up = (jnp.einsum("...d,df->...f", x, kernel[...].astype(dtype)) for kernel in (self.gate, self.up))
+    inner = mesh.constrain(jax.nn.silu(_product(gate)) * _product(up), axes)
+    down_FD = _kernel(self.down[...], ("ffw", "embed"), x_BTD)
+    added = jnp.einsum("...f,fd->...d", inner, down_FD).reshape(shape)
     return _residual(x_BTD + _dropout(added, rate, keys[1]))
 
 
@@ -269,7 +333,7 @@ class Llama(nnx.Module):
     if config.remat == "full":
       step = jax.checkpoint(step, prevent_cse=False)
     elif config.remat == "minimal":
-      step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+      step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("product"))
     x_BTD, _ = mesh.scan(step, x_BTD, (self.layers, layer_keys))
     return _rms_norm(x_BTD, self.norm, config.norm_eps)
 

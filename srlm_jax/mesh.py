@@ -22,10 +22,10 @@ X = TypeVar("X")
 Y = TypeVar("Y")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-  # Activations.  Their features stay whole, so that "embed" below splits parameters alone.
+  # Activations.  Their features are not "embed": that splits parameters alone.
   "batch": ("slice", "data", "fsdp"),
   "length": None,
-  "residual": "tensor",  # The length of what a layer hands to the next: stored for the backward pass in parts.
+  "residual": "tensor",  # The features of what a layer hands to the next: stored for the backward pass in parts.
   "features": None,
   # Parameters.
   "layers": None,

@@ -73,7 +73,7 @@ def test_numbers_are_asked_for(tmp_path: pathlib.Path) -> None:
 
 def kill_in_every_stage(logs: pathlib.Path, over: threading.Event, killed: list[str]) -> None:
   """Kills a process, each in its turn, a moment after a step has begun for the first time."""
-  while not over.wait(0.2):
+  while not over.wait(0.05):
     said = (logs / "0.log").read_text() if (logs / "0.log").exists() else ""
     step = ([""] + re.findall(r"\] (\S+): stage ", said))[-1]
     if step and step not in killed:
@@ -97,7 +97,9 @@ def test_two_processes_give_what_one_gives_whatever_is_killed(tmp_path: pathlib.
   over.set()
   killer.join()
   assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-2000:]
-  assert len(killed) >= 14 and two.stderr.count("all are started again") >= 12
+  loop = {"prompts", "responses", "judgements", "pairs"}  # A stage of a moment may end before it is killed.
+  assert set(killed) >= {"m0", "baseline", "m1", "m2", "eval/m2", *(f"aift1/{part}" for part in loop)}
+  assert two.stderr.count("all are started again") >= len(killed) - 1  # The last kill may come after the end.
   for name in ("pairs.jsonl", "reference.jsonl"):
     same = [(run / "aift1" / "pairs" / name).read_text() for run in runs.values()]
     assert same[0] == same[1] and same[0]
