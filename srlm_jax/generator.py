@@ -8,7 +8,9 @@ import hashlib
 import jax
 import numpy as np
 
-from srlm_jax import batching, distributed, llama, mesh, sampling
+from srlm_jax import batching, distributed, llama, mesh, sampling as sampling_lib
+
+PREFIX = 64  # Prompts share what they all begin with in multiples of so many tokens.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Generator:
 
   model: llama.Llama
   eos_id: int
-  sampling: sampling.Sampling
+  sampling: sampling_lib.Sampling
   rows: int
   max_prompt: int
   seed: int
@@ -66,35 +68,69 @@ class Generator:
 
   def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Completion]]]:
     """Yields each request with its completions, in an order of its own: shortest bucket first, then as they end."""
-    for length, group in self._buckets(requests):
-      yield from _Run(self, length, group).results()
+    for bucket in self._buckets(requests):
+      yield from _Run(self, bucket).results()
 
   def option_probs(self, requests: Sequence[Request], options: Sequence[int]) -> Iterator[tuple[Request, np.ndarray]]:
     """Yields each request with float32 [options]: how its next token's probability is divided among the options."""
     ids = np.asarray(options, np.int32)
-    for length, group in self._buckets(requests):
-      count = mesh.whole_batch(min(self.rows, len(group)))
-      for start in range(0, len(group), count):
-        batch = group[start : start + count]
-        prompts, lengths = pad(batch, length, count)
-        probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
+    for bucket in self._buckets(requests):
+      count = min(size for size in _ladder(self.rows) if size >= min(len(bucket.requests), self.rows))
+      for start in range(0, len(bucket.requests), count):
+        batch = bucket.requests[start : start + count]
+        probs = sampling_lib.option_probs(self._prefill(bucket, batch, count), ids)
         yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
 
-  def _buckets(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Request]]]:
-    """The requests by the length that holds their prompts, shortest first."""
+  def _buckets(self, requests: Sequence[Request]) -> Iterator["_Bucket"]:
+    """The requests by the length that holds what is their own of their prompts, shortest first."""
+    shared = self._shared(requests)
+    prefix = None
+    if shared:
+      tokens = np.asarray([requests[0].tokens[:shared]], np.int32)
+      lengths = np.asarray([shared], np.int32)
+      prefix = sampling_lib.prefill(self.model, tokens, lengths, dtype=self.model.config.dtype).cache
     sizes = batching.doubling_buckets(32, self.max_prompt)
     groups: dict[int, list[Request]] = {}
     for request in requests:
-      groups.setdefault(batching.bucket(len(request.tokens), sizes), []).append(request)
+      if len(request.tokens) > self.max_prompt:
+        batching.bucket(len(request.tokens), sizes)  # Raises.
+      groups.setdefault(batching.bucket(len(request.tokens) - shared, sizes), []).append(request)
     for length, group in sorted(groups.items()):
-      yield length, sorted(group, key=lambda request: len(request.tokens))
+      yield _Bucket(length, sorted(group, key=lambda request: len(request.tokens)), shared, prefix)
+
+  def _shared(self, requests: Sequence[Request]) -> int:
+    """How many tokens at the beginning of all prompts, as of a judge's rubric, go through the model once for all."""
+    if len(requests) < 2:
+      return 0
+    first, last = (choose(request.tokens for request in requests) for choose in (min, max))  # They differ soonest.
+    longest = min(len(request.tokens) for request in requests) - 1  # What is sampled next needs a token of its own.
+    same = next((place for place in range(longest) if first[place] != last[place]), longest)
+    return same // PREFIX * PREFIX  # A multiple, so that the programs are few.
+
+  def _prefill(self, bucket: "_Bucket", batch: Sequence[Request], count: int) -> sampling_lib.Prompts:
+    """Sends a batch of prompts through the model, in `count` rows."""
+    own = [request.tokens[bucket.shared :] for request in batch]
+    lengths = np.zeros(count, np.int32)
+    lengths[: len(batch)] = [len(tokens) for tokens in own]
+    rows = batching.pad(own, bucket.length, count)
+    return sampling_lib.prefill(self.model, rows, lengths, bucket.prefix, dtype=self.model.config.dtype)
 
 
-def pad(batch: Sequence[Request], length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts [count, length] and their lengths [count]; rows without a request are empty."""
-  lengths = np.zeros(count, np.int32)
-  lengths[: len(batch)] = [len(request.tokens) for request in batch]
-  return batching.pad([request.tokens for request in batch], length, count), lengths
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+  """Requests that go through the same programs.
+
+  Attributes:
+    length: holds what is each prompt's own.
+    requests: shortest prompt first.
+    shared: tokens that all prompts begin with, beside `length`.
+    prefix: the cache of these.
+  """
+
+  length: int
+  requests: list[Request]
+  shared: int
+  prefix: llama.Cache | None
 
 
 def _ladder(rows: int) -> list[int]:
@@ -112,18 +148,20 @@ class _Run:
   at most `steps` tokens; and where none is left to begin, the slots that still have work move together.
   """
 
-  def __init__(self, engine: Generator, length: int, requests: Sequence[Request]) -> None:
-    self.engine, self.length = engine, length
-    self.queue = collections.deque(requests)
-    total = sum(request.samples for request in requests)
+  def __init__(self, engine: Generator, bucket: _Bucket) -> None:
+    self.engine, self.bucket = engine, bucket
+    self.queue = collections.deque(bucket.requests)
+    total = sum(request.samples for request in bucket.requests)
     self.count = min(size for size in _ladder(engine.rows) if size >= min(total, engine.rows))
-    self.batch = mesh.whole_batch(max(self.count // requests[0].samples // 2, 1))  # Prompts that go through at once.
+    self.batch = mesh.whole_batch(
+      max(self.count // bucket.requests[0].samples // 2, 1)
+    )  # Prompts that go through at once.
     self.steps = min(max(engine.sampling.max_new // 10, 1), 8)
-    config = engine.model.config
-    sizes = {"prompt": length, "longest": engine.sampling.max_new, "dtype": config.dtype}
-    self.slots = sampling.empty(config, count=self.count, **sizes)
+    config, longest = engine.model.config, engine.sampling.max_new
+    whole = bucket.shared + bucket.length
+    self.slots = sampling_lib.empty(config, count=self.count, prompt=whole, longest=longest, dtype=config.dtype)
     self.holds: list[tuple[Request, int] | None] = [None] * self.count  # The request and sample in each slot.
-    self.prompts: sampling.Prompts | None = None
+    self.prompts: sampling_lib.Prompts | None = None
     self.waiting: collections.deque[tuple[int, Request, int]] = collections.deque()  # (source, request, sample)
     self.found: dict[str, dict[int, Completion]] = {}
 
@@ -132,7 +170,7 @@ class _Run:
     ready: list[tuple[Request, list[Completion]]] = []
     while self.queue or self.waiting or any(self.holds):
       self._fill()
-      self.slots, steps = sampling.advance(
+      self.slots, steps = sampling_lib.advance(
         self.engine.model, self.slots, steps=self.steps, sampling=self.engine.sampling, eos_id=self.engine.eos_id
       )
       seen = distributed.whole((steps, self.slots.done_B, self.slots.counts_B, self.slots.tokens_BG))
@@ -147,9 +185,7 @@ class _Run:
     while free and (self.waiting or self.queue):
       if not self.waiting:
         batch = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
-        self.prompts = sampling.prefill(
-          self.engine.model, *pad(batch, self.length, self.batch), dtype=self.engine.model.config.dtype
-        )
+        self.prompts = self.engine._prefill(self.bucket, batch, self.batch)
         self.waiting.extend((source, one, sample) for source, one in enumerate(batch) for sample in range(one.samples))
       begun = [(free.pop(0), *self.waiting.popleft()) for _ in range(min(len(free), len(self.waiting)))]
       rows, sources = np.zeros((2, self.count), np.int32)
@@ -158,7 +194,7 @@ class _Run:
         rows[place], sources[place] = row, source
         keys[place] = row_key(self.engine.seed, request.name, sample)
         self.holds[row] = request, sample
-      self.slots = sampling.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), keys)
+      self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), keys)
 
   def _collect(
     self, steps: np.ndarray, done_B: np.ndarray, counts_B: np.ndarray, tokens_BG: np.ndarray
@@ -189,5 +225,5 @@ class _Run:
       return
     rest = [row for row, one in enumerate(self.holds) if one is None]
     rows = (held + rest)[:fewer]
-    self.slots = sampling.keep(self.slots, np.asarray(rows, np.int32))
+    self.slots = sampling_lib.keep(self.slots, np.asarray(rows, np.int32))
     self.holds, self.count = [self.holds[row] for row in rows], fewer

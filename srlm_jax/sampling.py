@@ -73,18 +73,21 @@ class Prompts:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
-def prefill(model: llama.Llama, prompts_RP: jax.Array, lengths_R: jax.Array, *, dtype: str) -> Prompts:
+def prefill(
+  model: llama.Llama, prompts_RT: jax.Array, lengths_R: jax.Array, prefix: llama.Cache | None = None, *, dtype: str
+) -> Prompts:
   """Sends prompts through the model.
 
   Args:
     model: the model.
-    prompts_RP: int32, padded on the right.
+    prompts_RT: int32, padded on the right; without the prefix.
     lengths_R: number of real tokens in each; a row of length 0 means nothing.
+    prefix: the cache of a prompt that all of these begin with.
     dtype: of the KV cache.
   """
-  hidden_RPD, cache = model.prefill(prompts_RP, lengths_R, dtype)
-  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
-  return Prompts(cache, model.logits(last_RD), lengths_R)
+  hidden_RTD, cache = model.prefill(prompts_RT, lengths_R, dtype, prefix)
+  last_RD = jnp.take_along_axis(hidden_RTD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
+  return Prompts(cache, model.logits(last_RD), lengths_R + (prefix.valid_BS.shape[1] if prefix else 0))
 
 
 @jax.tree_util.register_dataclass
@@ -272,19 +275,7 @@ def keep(slots: Slots, rows_C: jax.Array) -> Slots:
   )
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
-def option_probs(
-  model: llama.Llama, prompts_RP: jax.Array, lengths_R: jax.Array, options_K: jax.Array, *, dtype: str
-) -> jax.Array:
-  """float32 [R, K]: how the model divides its next token's probability among K options (they sum to 1).
-
-  Args:
-    model: the model.
-    prompts_RP: int32, padded on the right.
-    lengths_R: number of real tokens in each prompt; rows of length 0 mean nothing.
-    options_K: int32, the token ids compared.
-    dtype: of the KV cache.
-  """
-  hidden_RPD, _ = model.prefill(prompts_RP, lengths_R, dtype)
-  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
-  return jax.nn.softmax(model.logits(last_RD)[:, options_K], axis=-1)
+@jax.jit
+def option_probs(prompts: Prompts, options_K: jax.Array) -> jax.Array:
+  """float32 [R, K]: how the next token's probability is divided among K tokens (they sum to 1)."""
+  return jax.nn.softmax(prompts.logits_RV[:, options_K], axis=-1)

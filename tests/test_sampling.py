@@ -8,7 +8,7 @@ import pytest
 from srlm_jax import generator, llama, mesh, sampling
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=62, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=64, tied=True
+  vocab_size=62, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=256, tied=True
 )
 EOS = 2
 
@@ -123,6 +123,27 @@ def test_slots_are_filled_again_as_they_empty(model):
   assert engine.usage.drawn == sum(texts) and len(texts) == 160
   together = sum(16 * max(texts[start : start + 16]) for start in range(0, 160, 16))  # Each batch to its longest text.
   assert sum(texts) / together < 0.75 < 0.85 < engine.usage.drawn / engine.usage.offered
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once(model, monkeypatch):
+  rng, shapes = np.random.default_rng(4), []
+  rubric = tuple(rng.integers(3, 62, 150))
+  requests = [generator.Request(str(n), (*rubric, *rng.integers(3, 62, n % 20 + 1)), 3) for n in range(12)]
+  engine = generator.Generator(model, EOS, sampling.Sampling(1.0, 0.9, 10), rows=8, max_prompt=200, seed=0)
+  real = sampling.prefill
+
+  def seen(model, rows, *rest, **how):
+    shapes.append(rows.shape)
+    return real(model, rows, *rest, **how)
+
+  monkeypatch.setattr(sampling, "prefill", seen)
+  found = run(engine, requests)
+  assert shapes[0] == (1, 128) and {width for _, width in shapes[1:]} <= {32, 48}
+  probs = {request.name: row for request, row in engine.option_probs(requests, [4, 5, 6])}
+  monkeypatch.setattr(generator, "PREFIX", 10**6)
+  assert run(engine, requests) == found
+  for request, row in engine.option_probs(requests, [4, 5, 6]):
+    np.testing.assert_allclose(row, probs[request.name], rtol=1e-3)
 
 
 @pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8), dict(tensor=2, fsdp=4)], ids=str)
