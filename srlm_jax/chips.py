@@ -20,7 +20,7 @@ class Chip:
     bandwidth: of the memory, bytes a second.
     network: of all links to other chips, bytes a second.
     clock: cycles a second, for the compiler's estimates.
-    slices: the topologies that can be had, smallest first.
+    slices: the topologies that can be had, smallest first: that of one host.
   """
 
   name: str

@@ -145,12 +145,14 @@ def _no_room(message: str, arguments: Any) -> str:
   return "\n".join(lines)
 
 
-def meshes(
-  settings: config_dict.ConfigDict, devices: Sequence[jax.Device]
-) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-  """Training's and sampling's mesh over the devices of a topology."""
-  training = mesh_lib.make_mesh(**settings.mesh, devices=devices)
-  return training, steps.sampling_mesh(settings, training)
+def meshes(settings: config_dict.ConfigDict, topology: str) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+  """Training's and sampling's mesh over the devices of a topology; of hosts that sample apart, one."""
+  training = mesh_lib.make_mesh(**settings.mesh, devices=describe(topology))
+  sampling = steps.sampling_mesh(settings, training)
+  if sampling.size < training.size:  # The compiler wants the devices that a program is for, and no others.
+    chip = chips.chip_of(topology)
+    sampling = mesh_lib.make_mesh(**settings.generation.mesh, devices=describe(f"{chip.name}:{chip.slices[0]}"))
+  return training, sampling
 
 
 def calls(settings: config_dict.ConfigDict) -> dict[str, float]:
@@ -262,9 +264,10 @@ class _Uneven(ValueError):
 def _one(
   settings: config_dict.ConfigDict, config: llama.LlamaConfig, topology: str, only: Sequence[str], stop: bool = False
 ) -> list[Measured]:
-  devices, chip = describe(topology), chips.chip_of(topology)
+  chip = chips.chip_of(topology)
+  describe(topology)  # Where that fails, no other slice will do.
   try:
-    training, generation = meshes(settings, devices)
+    training, generation = meshes(settings, topology)
     built = programs.programs(settings, config, training, generation)
   except ValueError as error:
     if stop:

@@ -78,8 +78,7 @@ def test_no_room_names_the_sum_and_the_largest_arguments() -> None:
 def test_a_real_compilation_agrees_with_the_closed_form(capsys: pytest.CaptureFixture[str]) -> None:
   settings = small(**{"model.remat": "full"})
   shape = dataclasses.replace(SHAPE, attention="splash", head_dim=128)
-  devices = plan.describe("v5p:2x2x1")
-  training, generation = plan.meshes(settings, devices)
+  training, generation = plan.meshes(settings, "v5p:2x2x1")
   program = programs.programs(settings, shape, training, generation)[0]
   found = plan.measure(program, shape, chips.CHIPS["v5p"])
   assert not found.error and found.peak > found.arguments / 2
