@@ -15,11 +15,15 @@ PREFIX = 64  # Prompts share what they all begin with in multiples of so many to
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A prompt to continue `samples` times. `name` (with the seed) decides the text, whatever the batch or the order."""
+  """A prompt to continue `samples` times. `name` (with the seed) decides the text, whatever the batch or the order.
+
+  `longest` may end its continuations sooner than the sampling's max_new.
+  """
 
   name: str
   tokens: tuple[int, ...]
   samples: int
+  longest: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +192,14 @@ class _Run:
         self.prompts = self.engine._prefill(self.bucket, batch, self.batch)
         self.waiting.extend((source, one, sample) for source, one in enumerate(batch) for sample in range(one.samples))
       begun = [(free.pop(0), *self.waiting.popleft()) for _ in range(min(len(free), len(self.waiting)))]
-      rows, sources = np.zeros((2, self.count), np.int32)
+      rows, sources, limits = np.zeros((3, self.count), np.int32)
       keys = np.zeros((self.count, 2), np.uint32)
       for place, (row, source, request, sample) in enumerate(begun):
         rows[place], sources[place] = row, source
+        limits[place] = min(request.longest or self.engine.sampling.max_new, self.engine.sampling.max_new)
         keys[place] = row_key(self.engine.seed, request.name, sample)
         self.holds[row] = request, sample
-      self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), keys)
+      self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), limits, keys)
 
   def _collect(
     self, steps: np.ndarray, done_B: np.ndarray, counts_B: np.ndarray, tokens_BG: np.ndarray

@@ -101,6 +101,7 @@ def _generation(settings: config_dict.ConfigDict, config: llama.LlamaConfig, mes
     keys_B2=_array((rows, 2), jnp.uint32, mesh, ("batch", None)),
     lengths_B=_array((rows,), jnp.int32, mesh, ("batch",)),
     counts_B=_array((rows,), jnp.int32, mesh, ("batch",)),
+    limits_B=_array((rows,), jnp.int32, mesh, ("batch",)),
     done_B=_array((rows,), jnp.bool_, mesh, ("batch",)),
     tokens_BG=_array((rows, new), jnp.int32, mesh, ("batch", None)),
   )

@@ -104,6 +104,7 @@ class Slots:
     keys_B2: uint32, the RNG key of each continuation.
     lengths_B: int32, tokens of each prompt.
     counts_B: int32, tokens drawn.
+    limits_B: int32, the most that may be drawn, G or less.
     done_B: bool, there is nothing to draw: the continuation has ended, or the slot is empty.
     tokens_BG: int32, the continuations.
   """
@@ -113,6 +114,7 @@ class Slots:
   keys_B2: jax.Array
   lengths_B: jax.Array
   counts_B: jax.Array
+  limits_B: jax.Array
   done_B: jax.Array
   tokens_BG: jax.Array
 
@@ -133,6 +135,7 @@ def empty(config: llama.LlamaConfig, *, count: int, prompt: int, longest: int, d
     keys_B2=jnp.zeros((count, 2), jnp.uint32),
     lengths_B=numbers,
     counts_B=numbers,
+    limits_B=numbers,
     done_B=jnp.ones(count, jnp.bool_),
     tokens_BG=jnp.zeros((count, longest), jnp.int32),
   )
@@ -166,7 +169,13 @@ def _insert(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def admit(
-  slots: Slots, prompts: Prompts, rows_A: jax.Array, sources_A: jax.Array, count: jax.Array, keys_A2: jax.Array
+  slots: Slots,
+  prompts: Prompts,
+  rows_A: jax.Array,
+  sources_A: jax.Array,
+  count: jax.Array,
+  limits_A: jax.Array,
+  keys_A2: jax.Array,
 ) -> Slots:
   """Begins continuations of prompts in some slots.
 
@@ -176,6 +185,7 @@ def admit(
     rows_A: int32, the slots; the first `count` count.
     sources_A: int32, the prompt of each.
     count: int32 scalar.
+    limits_A: int32, the most tokens of each.
     keys_A2: uint32, the RNG key of each.
   """
   cache, cursor = slots.cache, slots.cache.cursor
@@ -206,6 +216,7 @@ def admit(
     keys_B2=take(slots.keys_B2, keys_A2),
     lengths_B=take(slots.lengths_B, prompts.lengths_R[sources_A]),
     counts_B=take(slots.counts_B, jnp.zeros_like(rows_A)),
+    limits_B=take(slots.limits_B, limits_A),
     done_B=take(slots.done_B, jnp.zeros(len(rows_A), jnp.bool_)),
     tokens_BG=slots.tokens_BG,
   )
@@ -218,7 +229,7 @@ def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) ->
   token_B = jnp.where(slots.done_B, eos_id, drawn_B)
   here_BG = (jnp.arange(longest) == slots.counts_B[:, None]) & ~slots.done_B[:, None]
   counts_B = slots.counts_B + ~slots.done_B
-  done_B = slots.done_B | (token_B == eos_id) | (counts_B == longest)
+  done_B = slots.done_B | (token_B == eos_id) | (counts_B == slots.limits_B)
   position_B1 = (slots.lengths_B + slots.counts_B)[:, None]
   hidden_B1D, cache = model.cached(token_B[:, None], position_B1, ~done_B[:, None], slots.cache)
   return Slots(
@@ -227,6 +238,7 @@ def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) ->
     keys_B2=slots.keys_B2,
     lengths_B=slots.lengths_B,
     counts_B=counts_B,
+    limits_B=slots.limits_B,
     done_B=done_B,
     tokens_BG=jnp.where(here_BG, token_B[:, None], slots.tokens_BG),
   )
@@ -270,6 +282,7 @@ def keep(slots: Slots, rows_C: jax.Array) -> Slots:
     keys_B2=slots.keys_B2[rows_C],
     lengths_B=slots.lengths_B[rows_C],
     counts_B=slots.counts_B[rows_C],
+    limits_B=slots.limits_B[rows_C],
     done_B=slots.done_B[rows_C],
     tokens_BG=slots.tokens_BG[rows_C],
   )

@@ -106,6 +106,14 @@ def test_an_end_token_ends_the_text_and_is_in_it(model):
     assert text.finished or len(text.tokens) == 30
 
 
+def test_a_request_may_end_sooner(model):
+  one = generator.Request("r", (5, 6, 7), 3)
+  whole = run(make(model, temperature=1.0, max_new=16), [one])["r"]
+  cut = run(make(model, temperature=1.0, max_new=16), [generator.dataclasses.replace(one, longest=4)])["r"]
+  assert [text.tokens for text in cut] == [text.tokens[:4] for text in whole]
+  assert not any(text.finished for text, all_of_it in zip(cut, whole, strict=True) if len(all_of_it.tokens) > 4)
+
+
 def test_few_programs_for_a_bucket_whatever_the_requests(model):
   engine = make(model, temperature=1.0, max_new=7)
   programs = {sampling.prefill: 3, sampling.admit: 3, sampling.advance: 3, sampling.keep: 3}  # 8, 2 and 1 slots.
