@@ -17,13 +17,13 @@ PREFIX = 64  # Prompts share what they all begin with in multiples of so many to
 class Request:
   """A prompt to continue `samples` times. `name` (with the seed) decides the text, whatever the batch or the order.
 
-  `longest` may end its continuations sooner than the sampling's max_new.
+  `longest` may end each of its continuations sooner than the sampling's max_new.
   """
 
   name: str
   tokens: tuple[int, ...]
   samples: int
-  longest: int | None = None
+  longest: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,9 @@ class _Run:
       keys = np.zeros((self.count, 2), np.uint32)
       for place, (row, source, request, sample) in enumerate(begun):
         rows[place], sources[place] = row, source
-        limits[place] = min(request.longest or self.engine.sampling.max_new, self.engine.sampling.max_new)
+        limits[place] = self.engine.sampling.max_new
+        if request.longest:
+          limits[place] = min(limits[place], request.longest[sample])
         keys[place] = row_key(self.engine.seed, request.name, sample)
         self.holds[row] = request, sample
       self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), limits, keys)

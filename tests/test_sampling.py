@@ -109,8 +109,8 @@ def test_an_end_token_ends_the_text_and_is_in_it(model):
 def test_a_request_may_end_sooner(model):
   one = generator.Request("r", (5, 6, 7), 3)
   whole = run(make(model, temperature=1.0, max_new=16), [one])["r"]
-  cut = run(make(model, temperature=1.0, max_new=16), [generator.dataclasses.replace(one, longest=4)])["r"]
-  assert [text.tokens for text in cut] == [text.tokens[:4] for text in whole]
+  cut = run(make(model, temperature=1.0, max_new=16), [generator.dataclasses.replace(one, longest=(4, 4, 2))])["r"]
+  assert [text.tokens for text in cut] == [text.tokens[:most] for text, most in zip(whole, (4, 4, 2), strict=True)]
   assert not any(text.finished for text, all_of_it in zip(cut, whole, strict=True) if len(all_of_it.tokens) > 4)
 
 
