@@ -1,6 +1,6 @@
 """Attention behind one adapter: plain XLA (the reference, on any device), splash attention on TPU, cuDNN on GPU.
 
-Shapes: B batch, T queries, S keys, K kv heads, G query heads per kv head, H head dim.
+Shapes: B batch, T queries, S keys, P keys before them, K kv heads, G query heads per kv head, H head dim.
 """
 
 import math
@@ -26,20 +26,29 @@ def best_for(platform: str) -> str:
   return "splash" if platform == "tpu" else "xla"  # "cudnn" has run on no GPU of ours yet: by name alone.
 
 
-def causal(kind: str, q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array) -> jax.Array:
+def causal(
+  kind: str,
+  q_BTKGH: jax.Array,
+  k_BKHS: jax.Array,
+  v_BKSH: jax.Array,
+  segments_BT: jax.Array,
+  before_BP: jax.Array | None = None,
+) -> jax.Array:
   """Attention of texts to themselves, [B, T, K, G, H]: a token sees itself and what precedes it in its segment.
 
   Args:
     kind: one of KINDS; a shape that a kernel does not take goes to "xla".
-    q_BTKGH, k_BKHS, v_BKSH: rotated queries and keys, and values; S = T.
+    q_BTKGH: rotated queries.
+    k_BKHS, v_BKSH: rotated keys and values of P tokens that have no queries here, and then of the T; S = P + T.
     segments_BT: int32, equal for tokens of one text; 0 is padding, whose output means nothing.
+    before_BP: int32, the segments of the P tokens; by default there are none.
   """
-  length, head_dim = q_BTKGH.shape[1], q_BTKGH.shape[-1]
-  if kind == "splash" and not (length % SPLASH_BLOCK or head_dim % 64):
-    return splash(q_BTKGH, k_BKHS, v_BKSH, segments_BT)
-  index_T = jnp.arange(length)
-  mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT[:, None, :] > 0)
-  mask_BTS &= index_T[:, None] >= index_T[None, :]
+  length, places, head_dim = q_BTKGH.shape[1], k_BKHS.shape[-1], q_BTKGH.shape[-1]
+  segments_BS = segments_BT if before_BP is None else jnp.concatenate([before_BP, segments_BT], axis=1)
+  if kind == "splash" and not (length % SPLASH_BLOCK or places % SPLASH_BLOCK or head_dim % 64):
+    return splash(q_BTKGH, k_BKHS, v_BKSH, segments_BT, segments_BS)
+  mask_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
+  mask_BTS &= places - length + jnp.arange(length)[:, None] >= jnp.arange(places)[None, :]
   if kind == "cudnn" and q_BTKGH.dtype in (jnp.bfloat16, jnp.float16) and not head_dim % 8:
     return _cudnn(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
   return xla(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
@@ -69,37 +78,46 @@ def _cudnn(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: j
 
 
 def splash(
-  q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+  q_BTKGH: jax.Array,
+  k_BKHS: jax.Array,
+  v_BKSH: jax.Array,
+  segments_BT: jax.Array,
+  segments_BS: jax.Array,
+  interpret: bool = False,
 ) -> jax.Array:
   """Splash attention, a Pallas kernel of JAX: [T, S] weights never exist. `interpret` runs it on a CPU, for tests."""
-  length, head_dim = q_BTKGH.shape[1], q_BTKGH.shape[-1]
+  length, places, head_dim = q_BTKGH.shape[1], k_BKHS.shape[-1], q_BTKGH.shape[-1]
 
-  def one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+  def one_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, all_segments: jax.Array) -> jax.Array:
     _, _, kv_heads, groups, _ = q.shape
-    kernel = _kernel(kv_heads * groups, length, interpret)
+    kernel = _kernel(kv_heads * groups, length, places, interpret)
     heads = (q / math.sqrt(head_dim)).astype(q.dtype).transpose(0, 2, 3, 1, 4)
     heads = heads.reshape(-1, kv_heads * groups, length, head_dim)
-    ids = splash_attention.SegmentIds(segments, segments)
+    ids = splash_attention.SegmentIds(segments, all_segments)
     mixed: Any = jax.vmap(kernel)(heads, k.transpose(0, 1, 3, 2), v, ids)  # Residuals too, were they asked for.
     return mixed.reshape(-1, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
 
-  arrays, names = (q_BTKGH, k_BKHS, v_BKSH, segments_BT), (QUERIES, KEYS, VALUES, ("batch", "length"))
+  arrays = (q_BTKGH, k_BKHS, v_BKSH, segments_BT, segments_BS)
+  names = (QUERIES, KEYS, VALUES, ("batch", "length"), ("batch", "length"))
   return mesh.each_device(one_device, arrays, names, QUERIES)
 
 
-def _kernel(heads: int, length: int, interpret: bool) -> splash_attention.splash_attention_kernel.SplashAttentionKernel:
-  """The kernel of one device's heads; blocks as large as the length allows, at most 1,024."""
-  block = next(size for size in (1024, 512, 256, SPLASH_BLOCK) if length % size == 0)
+def _kernel(
+  heads: int, length: int, places: int, interpret: bool
+) -> splash_attention.splash_attention_kernel.SplashAttentionKernel:
+  """The kernel of one device's heads; blocks as large as the lengths allow, at most 1,024."""
+  queries, keys = (next(b for b in (1024, 512, 256, SPLASH_BLOCK) if size % b == 0) for size in (length, places))
   sizes = splash_attention.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_kv_compute=min(block, 512),
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_kv_dkv_compute=min(block, 512),
+    block_q=queries,
+    block_kv=keys,
+    block_kv_compute=min(keys, 512),
+    block_q_dkv=queries,
+    block_kv_dkv=keys,
+    block_kv_dkv_compute=min(keys, 512),
     use_fused_bwd_kernel=True,
   )
-  masks = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length)) for _ in range(heads)])
+  mask = splash_attention.CausalMask((length, places), offset=places - length)
+  masks = splash_attention.MultiHeadMask([mask for _ in range(heads)])
   return splash_attention.make_splash_mha(
     masks, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret, residual_checkpoint_name="attention"
   )

@@ -1,5 +1,6 @@
-"""The host side of sampling: requests in, completions out, in batches of static shape."""
+"""The host side of sampling: requests in, completions out, through slots of static shape that are filled anew."""
 
+import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
@@ -7,16 +8,22 @@ import hashlib
 import jax
 import numpy as np
 
-from srlm_jax import batching, distributed, llama, mesh, sampling
+from srlm_jax import batching, distributed, llama, mesh, sampling as sampling_lib
+
+PREFIX = 64  # Prompts share what they all begin with in multiples of so many tokens.
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """A prompt to continue `samples` times. `name` (with the seed) decides the text, whatever the batch or the order."""
+  """A prompt to continue `samples` times. `name` (with the seed) decides the text, whatever the batch or the order.
+
+  `longest` may end each of its continuations sooner than the sampling's max_new.
+  """
 
   name: str
   tokens: tuple[int, ...]
   samples: int
+  longest: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,14 @@ def row_key(seed: int, name: str, sample: int) -> np.ndarray:
   return np.frombuffer(digest[:8], np.uint32)
 
 
+@dataclasses.dataclass
+class Usage:
+  """How well the slots were used: tokens drawn, of the tokens that all slots together could have drawn."""
+
+  drawn: int = 0
+  offered: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
   """Runs one model over many requests.
@@ -41,90 +56,181 @@ class Generator:
     model: the model.
     eos_id: its end token.
     sampling: temperature, top-p and the longest continuation.
-    rows: continuations decoded at once, about: a batch holds rows // samples prompts, rounded to fill the devices.
+    rows: continuations decoded at once, rounded to fill the devices.
     max_prompt: longest prompt in tokens; the caller checks it, a longer one is a ValueError here.
     seed: of all random draws.
+    usage: is added to.
   """
 
   model: llama.Llama
   eos_id: int
-  sampling: sampling.Sampling
+  sampling: sampling_lib.Sampling
   rows: int
   max_prompt: int
   seed: int
+  usage: Usage = dataclasses.field(default_factory=Usage)
 
   def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Completion]]]:
-    """Yields each request with its completions, in an order of its own: shortest bucket first.
-
-    The next batch is dispatched before the last one is read, so that host work overlaps the device.
-    """
-    waiting: tuple[list[Request], tuple[jax.Array, jax.Array]] | None = None
-    for length, batch in self._batches(requests):
-      running = batch, self._dispatch(batch, length)
-      if waiting:
-        yield from self._collect(*waiting)
-      waiting = running
-    if waiting:
-      yield from self._collect(*waiting)
+    """Yields each request with its completions, in an order of its own: shortest bucket first, then as they end."""
+    for bucket in self._buckets(requests):
+      yield from _Run(self, bucket).results()
 
   def option_probs(self, requests: Sequence[Request], options: Sequence[int]) -> Iterator[tuple[Request, np.ndarray]]:
     """Yields each request with float32 [options]: how its next token's probability is divided among the options."""
     ids = np.asarray(options, np.int32)
-    for length, batch in self._batches(requests):
-      prompts, lengths = self._pad(batch, length)
-      probs = sampling.option_probs(self.model, prompts, lengths, ids, dtype=self.model.config.dtype)
-      yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
+    for bucket in self._buckets(requests):
+      count = min(size for size in _ladder(self.rows) if size >= min(len(bucket.requests), self.rows))
+      for start in range(0, len(bucket.requests), count):
+        batch = bucket.requests[start : start + count]
+        probs = sampling_lib.option_probs(self._prefill(bucket, batch, count), ids)
+        yield from zip(batch, np.asarray(distributed.whole(probs))[: len(batch)], strict=True)
 
-  def _slots(self, samples: int) -> int:
-    """Prompts of a batch: about rows // samples, a multiple of what the mesh in use divides a batch into."""
-    ways = mesh.ways("batch")
-    return max(self.rows // samples // ways, 1) * ways
-
-  def _pad(self, batch: list[Request], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts [R, P] and their lengths [R], empty slots at the end."""
-    count = self._slots(batch[0].samples)
-    lengths = np.zeros(count, np.int32)
-    lengths[: len(batch)] = [len(request.tokens) for request in batch]
-    return batching.pad([request.tokens for request in batch], length, count), lengths
-
-  def _batches(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Request]]]:
+  def _buckets(self, requests: Sequence[Request]) -> Iterator["_Bucket"]:
+    """The requests by the length that holds what is their own of their prompts, shortest first."""
+    shared = self._shared(requests)
+    prefix = None
+    if shared:
+      tokens = np.asarray([requests[0].tokens[:shared]], np.int32)
+      lengths = np.asarray([shared], np.int32)
+      prefix = sampling_lib.prefill(self.model, tokens, lengths, dtype=self.model.config.dtype).cache
     sizes = batching.doubling_buckets(32, self.max_prompt)
-    groups: dict[tuple[int, int], list[Request]] = {}
+    groups: dict[int, list[Request]] = {}
     for request in requests:
-      groups.setdefault((batching.bucket(len(request.tokens), sizes), request.samples), []).append(request)
-    for (length, samples), group in sorted(groups.items(), key=lambda item: item[0]):
-      group.sort(key=lambda request: len(request.tokens))
-      size = self._slots(samples)
-      for start in range(0, len(group), size):
-        yield length, group[start : start + size]
+      if len(request.tokens) > self.max_prompt:
+        batching.bucket(len(request.tokens), sizes)  # Raises.
+      groups.setdefault(batching.bucket(len(request.tokens) - shared, sizes), []).append(request)
+    for length, group in sorted(groups.items()):
+      yield _Bucket(length, sorted(group, key=lambda request: len(request.tokens)), shared, prefix)
 
-  def _dispatch(self, batch: list[Request], length: int) -> tuple[jax.Array, jax.Array]:
-    samples = batch[0].samples
-    prompts, lengths = self._pad(batch, length)
-    keys = np.zeros((len(prompts) * samples, 2), np.uint32)
-    for row, request in enumerate(batch):
-      for sample in range(samples):
-        keys[row * samples + sample] = row_key(self.seed, request.name, sample)
-    out = sampling.generate(
-      self.model,
-      prompts,
-      lengths,
-      keys,
-      samples=samples,
-      sampling=self.sampling,
-      eos_id=self.eos_id,
-      dtype=self.model.config.dtype,
-    )
-    return distributed.whole(out)
+  def _shared(self, requests: Sequence[Request]) -> int:
+    """How many tokens at the beginning of all prompts, as of a judge's rubric, go through the model once for all."""
+    if len(requests) < 2:
+      return 0
+    first, last = (choose(request.tokens for request in requests) for choose in (min, max))  # They differ soonest.
+    longest = min(len(request.tokens) for request in requests) - 1  # What is sampled next needs a token of its own.
+    same = next((place for place in range(longest) if first[place] != last[place]), longest)
+    return same // PREFIX * PREFIX  # A multiple, so that the programs are few.
+
+  def _prefill(self, bucket: "_Bucket", batch: Sequence[Request], count: int) -> sampling_lib.Prompts:
+    """Sends a batch of prompts through the model, in `count` rows."""
+    own = [request.tokens[bucket.shared :] for request in batch]
+    lengths = np.zeros(count, np.int32)
+    lengths[: len(batch)] = [len(tokens) for tokens in own]
+    rows = batching.pad(own, bucket.length, count)
+    return sampling_lib.prefill(self.model, rows, lengths, bucket.prefix, dtype=self.model.config.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bucket:
+  """Requests that go through the same programs.
+
+  Attributes:
+    length: holds what is each prompt's own.
+    requests: shortest prompt first.
+    shared: tokens that all prompts begin with, beside `length`.
+    prefix: the cache of these.
+  """
+
+  length: int
+  requests: list[Request]
+  shared: int
+  prefix: llama.Cache | None
+
+
+def _ladder(rows: int) -> list[int]:
+  """The numbers of slots that programs are compiled for: `rows`, a quarter of it, and so on, in whole batches."""
+  sizes = [mesh.whole_batch(rows)]
+  while sizes[-1] > mesh.whole_batch(1):
+    sizes.append(mesh.whole_batch(sizes[-1] // 4))
+  return sizes
+
+
+class _Run:
+  """The requests of one bucket on their way through the slots.
+
+  Prompts go through the model in batches, ahead of need; a slot whose continuation has ended begins another one after
+  at most `steps` tokens; and where none is left to begin, the slots that still have work move together.
+  """
+
+  def __init__(self, engine: Generator, bucket: _Bucket) -> None:
+    self.engine, self.bucket = engine, bucket
+    self.queue = collections.deque(bucket.requests)
+    total = sum(request.samples for request in bucket.requests)
+    self.count = min(size for size in _ladder(engine.rows) if size >= min(total, engine.rows))
+    self.batch = mesh.whole_batch(
+      max(self.count // bucket.requests[0].samples // 2, 1)
+    )  # Prompts that go through at once.
+    self.steps = min(max(engine.sampling.max_new // 10, 1), 8)
+    config, longest = engine.model.config, engine.sampling.max_new
+    whole = bucket.shared + bucket.length
+    self.slots = sampling_lib.empty(config, count=self.count, prompt=whole, longest=longest, dtype=config.dtype)
+    self.holds: list[tuple[Request, int] | None] = [None] * self.count  # The request and sample in each slot.
+    self.prompts: sampling_lib.Prompts | None = None
+    self.waiting: collections.deque[tuple[int, Request, int]] = collections.deque()  # (source, request, sample)
+    self.found: dict[str, dict[int, Completion]] = {}
+
+  def results(self) -> Iterator[tuple[Request, list[Completion]]]:
+    """Yields each request once all its samples have ended; the caller's work overlaps the device's."""
+    ready: list[tuple[Request, list[Completion]]] = []
+    while self.queue or self.waiting or any(self.holds):
+      self._fill()
+      self.slots, steps = sampling_lib.advance(
+        self.engine.model, self.slots, steps=self.steps, sampling=self.engine.sampling, eos_id=self.engine.eos_id
+      )
+      seen = distributed.whole((steps, self.slots.done_B, self.slots.counts_B, self.slots.tokens_BG))
+      yield from ready
+      ready = self._collect(*jax.device_get(seen))
+      self._shrink()
+    yield from ready
+
+  def _fill(self) -> None:
+    """Begins waiting continuations in the free slots."""
+    free = [row for row, held in enumerate(self.holds) if held is None]
+    while free and (self.waiting or self.queue):
+      if not self.waiting:
+        batch = [self.queue.popleft() for _ in range(min(self.batch, len(self.queue)))]
+        self.prompts = self.engine._prefill(self.bucket, batch, self.batch)
+        self.waiting.extend((source, one, sample) for source, one in enumerate(batch) for sample in range(one.samples))
+      begun = [(free.pop(0), *self.waiting.popleft()) for _ in range(min(len(free), len(self.waiting)))]
+      rows, sources, limits = np.zeros((3, self.count), np.int32)
+      keys = np.zeros((self.count, 2), np.uint32)
+      for place, (row, source, request, sample) in enumerate(begun):
+        rows[place], sources[place] = row, source
+        limits[place] = self.engine.sampling.max_new
+        if request.longest:
+          limits[place] = min(limits[place], request.longest[sample])
+        keys[place] = row_key(self.engine.seed, request.name, sample)
+        self.holds[row] = request, sample
+      self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), limits, keys)
 
   def _collect(
-    self, batch: list[Request], out: tuple[jax.Array, jax.Array]
-  ) -> Iterator[tuple[Request, list[Completion]]]:
-    tokens, counts = jax.device_get(out)
-    distributed.progress(f"generation: {batch[0].name}")
-    for row, request in enumerate(batch):
-      completions = []
-      for index in range(row * request.samples, (row + 1) * request.samples):
-        ids = tuple(tokens[index, : counts[index]].tolist())
-        completions.append(Completion(ids, bool(ids) and ids[-1] == self.eos_id))
-      yield request, completions
+    self, steps: np.ndarray, done_B: np.ndarray, counts_B: np.ndarray, tokens_BG: np.ndarray
+  ) -> list[tuple[Request, list[Completion]]]:
+    """Frees the slots that have ended; the requests that are complete with them."""
+    self.engine.usage.offered += int(steps) * self.count
+    complete = []
+    for row in np.flatnonzero(done_B):
+      held, self.holds[row] = self.holds[row], None
+      if held is None:
+        continue
+      request, sample = held
+      ids = tuple(tokens_BG[row, : counts_B[row]].tolist())
+      self.engine.usage.drawn += len(ids)
+      samples = self.found.setdefault(request.name, {})
+      samples[sample] = Completion(ids, ids[-1] == self.engine.eos_id)
+      if len(samples) == request.samples:
+        del self.found[request.name]
+        complete.append((request, [samples[index] for index in range(request.samples)]))
+        distributed.progress(f"generation: {request.name}")
+    return complete
+
+  def _shrink(self) -> None:
+    """Where nothing is left to begin and a quarter of the slots (or of that …) would do, goes on with as many."""
+    held = [row for row, one in enumerate(self.holds) if one is not None]
+    fewer = min(size for size in _ladder(self.count) if size >= len(held))
+    if self.queue or self.waiting or not held or fewer == self.count:
+      return
+    rest = [row for row, one in enumerate(self.holds) if one is None]
+    rows = (held + rest)[:fewer]
+    self.slots = sampling_lib.keep(self.slots, np.asarray(rows, np.int32))
+    self.holds, self.count = [self.holds[row] for row in rows], fewer

@@ -7,6 +7,7 @@ dimension and scanned, so that compile time does not grow with them.
 
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
@@ -337,30 +338,44 @@ class Llama(nnx.Module):
     x_BTD, _ = mesh.scan(step, x_BTD, (self.layers, layer_keys))
     return _rms_norm(x_BTD, self.norm, config.norm_eps)
 
-  def prefill(self, tokens_BT: jax.Array, lengths_B: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, Cache]:
-    """Hidden states [B, T, D] of prompts, and a cache of T slots that holds them.
+  def prefill(
+    self, tokens_BT: jax.Array, lengths_B: jax.Array, dtype: jax.typing.DTypeLike, prefix: Cache | None = None
+  ) -> tuple[jax.Array, Cache]:
+    """Hidden states [B, T, D] of prompts, and a cache of P + T slots that holds them.
 
     Args:
       tokens_BT: int32 ids, padded on the right.
       lengths_B: number of real tokens in each row.
       dtype: of the cache.
+      prefix: of one row and P slots, all valid: what every prompt begins with, before these tokens.
     """
     batch, length = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    valid_BS = positions_BT < lengths_B[:, None]
-    tables = _rope_tables(self.config, positions_BT)
+    offset = prefix.valid_BS.shape[1] if prefix else 0
+    index_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    valid_BT = index_BT < lengths_B[:, None]
+    tables = _rope_tables(self.config, index_BT + offset)
+    before_BP = jnp.ones((batch, offset), jnp.int32) if prefix else None
 
-    def step(x_BTD: jax.Array, weights: Layers) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def whole(new: jax.Array, before: jax.Array | None, axis: int) -> jax.Array:
+      if before is None:
+        return new
+      return jnp.concatenate([jnp.broadcast_to(before.astype(new.dtype), (batch, *before.shape[1:])), new], axis=axis)
+
+    def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+      weights, before = layer
       q, k, v = weights.project(x_BTD, tables)
-      mixed_BTKGH = attention.causal(self.config.attention, q, k, v, valid_BS.astype(jnp.int32))
+      k, v = whole(k, before and before[0], 3), whole(v, before and before[1], 2)
+      mixed_BTKGH = attention.causal(self.config.attention, q, k, v, valid_BT.astype(jnp.int32), before_BP)
       return weights.finish(x_BTD, mixed_BTKGH), (k.astype(dtype), v.astype(dtype))
 
-    x_BTD, (keys, values) = mesh.scan(step, self._embed(tokens_BT), self.layers)
+    earlier = (prefix.keys_LBKHS, prefix.values_LBKSH) if prefix else None
+    x_BTD, (keys, values) = mesh.scan(step, self._embed(tokens_BT), (self.layers, earlier))
+    valid_BS = jnp.pad(valid_BT, ((0, 0), (offset, 0)), constant_values=True)
     return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(
       keys_LBKHS=mesh.constrain(keys, CACHE_KEYS),
       values_LBKSH=mesh.constrain(values, CACHE_VALUES),
       valid_BS=mesh.constrain(valid_BS, ("batch", "length")),
-      cursor=jnp.int32(length),
+      cursor=jnp.int32(offset + length),
     )
 
   def cached(
@@ -369,16 +384,18 @@ class Llama(nnx.Module):
     """Hidden states [B, T, D] of the next T tokens, and the cache with them: prefill of prompts, or decoding (T = 1).
 
     Args:
-      tokens_BT: int32 ids; they are written into T slots from the cursor on, which advances by T for all rows.
+      tokens_BT: int32 ids; they are written into T slots from the cursor on, which advances by T for all rows. One
+        token at a time the slots are a ring: behind the last comes the first.
       positions_BT: int32 place of each token in its own text, whatever its slot.
       valid_BT: bool; a token that is not valid (padding, or a row that has ended) is seen by no other.
-      cache: must have T slots left: beyond its end the last slots are overwritten.  Donate it to `jax.jit` to update
-        it in place.
+      cache: must have T slots left, where T > 1. Donate it to `jax.jit` to update it in place.
     """
-    start, count, slots = cache.cursor, tokens_BT.shape[1], cache.valid_BS.shape[1]
+    count, slots = tokens_BT.shape[1], cache.valid_BS.shape[1]
+    start = cache.cursor % slots
     valid_BS = jax.lax.dynamic_update_slice(cache.valid_BS, valid_BT, (0, start))
-    reached_TS = jnp.arange(slots)[None, :] <= start + jnp.arange(count)[:, None]
-    mask_BTS = valid_BS[:, None, :] & reached_TS
+    mask_BTS = jnp.broadcast_to(valid_BS[:, None, :], (len(valid_BS), count, slots))
+    if count > 1:
+      mask_BTS &= jnp.arange(slots)[None, :] <= start + jnp.arange(count)[:, None]
     tables = _rope_tables(self.config, positions_BT)
 
     def step(
@@ -398,7 +415,7 @@ class Llama(nnx.Module):
 
     carry = (self._embed(tokens_BT), cache.keys_LBKHS, cache.values_LBKSH)
     (x_BTD, keys, values), _ = mesh.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
-    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, start + count)
+    return _rms_norm(x_BTD, self.norm, self.config.norm_eps), Cache(keys, values, valid_BS, cache.cursor + count)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """float32 [..., V] of hidden states [..., D] that the final norm has passed."""

@@ -334,6 +334,12 @@ def ways(axis: str) -> int:
   return 1 if mesh.empty else _ways(RULES[axis], mesh)
 
 
+def whole_batch(rows: int) -> int:
+  """The next number of rows that the mesh in use divides evenly, at least one row each."""
+  pieces = ways("batch")
+  return -(-max(rows, 1) // pieces) * pieces
+
+
 def devices() -> int:
   """How many devices the mesh in use (`jax.set_mesh`) has; 1 without a mesh."""
   return jax.sharding.get_abstract_mesh().size or 1

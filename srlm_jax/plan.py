@@ -161,7 +161,7 @@ def calls(settings: config_dict.ConfigDict) -> dict[str, float]:
   answers = c.prompts.count * c.responses.n
   votes = answers * c.judge.votes
   rows = max(c.generation.rows, 1)
-  prompts = max(rows // c.responses.n, 1)  # Of the prefill that is measured.
+  prompts = max(rows // c.responses.n // 2, 1)  # Of the prefill that is measured.
   decoded = c.prompts.max_proposals * c.prompts.sampling.max_new
   decoded += answers * c.responses.sampling.max_new + votes * c.judge.sampling.max_new
   steps = {name: c[name].steps or -(-count * c[name].epochs // c[name].batch) for name, count in _examples(c).items()}

@@ -81,40 +81,37 @@ def _generation(settings: config_dict.ConfigDict, config: llama.LlamaConfig, mes
   samples, new = settings.responses.n, settings.responses.sampling.max_new
   length = batching.doubling_buckets(32, settings.model.max_length - new)[-1]
   ways = mesh.size // mesh.shape["tensor"]
-  prompts = max(settings.generation.rows // samples // ways, 1) * ways
+  rows = -(-settings.generation.rows // ways) * ways
+  prompts = -(-max(rows // samples // 2, 1) // ways) * ways
   model = checkpoint.abstract_model(dataclasses.replace(config, param_dtype=config.dtype), mesh)
   tokens = _array((prompts, length), jnp.int32, mesh, ("batch", None))
-  how = sampling.Sampling(**settings.responses.sampling)
-  eos_id = 2  # Any.
-  first = jax.jit(functools.partial(sampling.prefill, samples=samples, longest=new, eos_id=eos_id, dtype=config.dtype))
+  how, eos_id = sampling.Sampling(**settings.responses.sampling), 2  # Any.
+  first = jax.jit(functools.partial(sampling.prefill, dtype=config.dtype))
   arguments = (model, tokens, _array((prompts,), jnp.int32, mesh, ("batch",)))
-  rows = prompts * samples
-  slots = length + sampling.free_slots(config, length, new)
+  places = sampling.ring(config, length, new)
   layers, kv, width = config.layers, config.kv_heads, config.head_dim
-  state = sampling.State(
-    step=_array((), jnp.int32, mesh, ()),
-    logits_BV=_array((rows, config.vocab_size), jnp.float32, mesh, ("batch", "vocab")),
+  slots = sampling.Slots(
     cache=llama.Cache(
-      keys_LBKHS=_array((layers, rows, kv, width, slots), config.dtype, mesh, llama.CACHE_KEYS),
-      values_LBKSH=_array((layers, rows, kv, slots, width), config.dtype, mesh, llama.CACHE_VALUES),
-      valid_BS=_array((rows, slots), jnp.bool_, mesh, ("batch", None)),
+      keys_LBKHS=_array((layers, rows, kv, width, places), config.dtype, mesh, llama.CACHE_KEYS),
+      values_LBKSH=_array((layers, rows, kv, places, width), config.dtype, mesh, llama.CACHE_VALUES),
+      valid_BS=_array((rows, places), jnp.bool_, mesh, ("batch", None)),
       cursor=_array((), jnp.int32, mesh, ()),
     ),
+    logits_BV=_array((rows, config.vocab_size), jnp.float32, mesh, ("batch", "vocab")),
+    keys_B2=_array((rows, 2), jnp.uint32, mesh, ("batch", None)),
     lengths_B=_array((rows,), jnp.int32, mesh, ("batch",)),
+    counts_B=_array((rows,), jnp.int32, mesh, ("batch",)),
+    limits_B=_array((rows,), jnp.int32, mesh, ("batch",)),
     done_B=_array((rows,), jnp.bool_, mesh, ("batch",)),
     tokens_BG=_array((rows, new), jnp.int32, mesh, ("batch", None)),
-    counts_B=_array((rows,), jnp.int32, mesh, ("batch",)),
   )
-
-  def one(model: llama.Llama, state: sampling.State, keys_B2: jax.Array) -> sampling.State:
-    return sampling.decode(model, state, jax.random.wrap_key_data(keys_B2), how, eos_id)
-
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  step = jax.jit(one, donate_argnums=1, out_shardings=shardings)
-  keys = _array((rows, 2), jnp.uint32, mesh, ("batch", None))
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, slots)
+  step = jax.jit(
+    functools.partial(sampling.decode, sampling=how, eos_id=eos_id), donate_argnums=1, out_shardings=shardings
+  )
   return [
     Program("prefill", mesh, first, arguments, prompts * length, length, 1),
-    Program("decode", mesh, step, (model, state, keys), rows, slots, 1),
+    Program("decode", mesh, step, (model, slots), rows, places, 1),
   ]
 
 

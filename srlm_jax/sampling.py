@@ -1,4 +1,4 @@
-"""Sampling as one jitted program: prefill once per prompt, then decode all its samples until each has ended."""
+"""Sampling as jitted programs: a prompt goes through the model once, and slots decode its continuations."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from srlm_jax import decode_attention, llama
+from srlm_jax import decode_attention, llama, mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,153 +43,252 @@ def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
   return jnp.where(bits_BV >= low_B[:, None], logits_BV, -jnp.inf)
 
 
-def draw(logits_BV: jax.Array, keys_B: jax.Array, step: jax.Array, temperature: float, top_p: float) -> jax.Array:
-  """int32 [B]: one token a row. Each row has its own key, folded with the step: no row depends on another."""
+def draw(logits_BV: jax.Array, keys_B: jax.Array, steps_B: jax.Array, temperature: float, top_p: float) -> jax.Array:
+  """int32 [B]: one token a row. Each row has its own key, folded with its own step: no row depends on another."""
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = logits_BV.astype(jnp.float32) / temperature
   if top_p < 1:
     logits_BV = nucleus(logits_BV, top_p)
-  noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits_BV.shape[1:]))(keys_B)
+  noise_BV = jax.vmap(lambda key, step: jax.random.gumbel(jax.random.fold_in(key, step), logits_BV.shape[1:]))(
+    keys_B, steps_B
+  )
   return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
-
-
-def fan_out(cache: llama.Cache, samples: int, slots: int) -> llama.Cache:
-  """The cache of R prompts for R · samples rows, with `slots` free slots behind: one prefill serves all samples."""
-
-  def widen(array: jax.Array, batch_axis: int, slot_axis: int) -> jax.Array:
-    array = jnp.repeat(array, samples, axis=batch_axis)
-    return jnp.pad(array, [(0, slots if axis == slot_axis else 0) for axis in range(array.ndim)])
-
-  keys, values = widen(cache.keys_LBKHS, 1, 4), widen(cache.values_LBKSH, 1, 3)
-  return llama.Cache(keys, values, widen(cache.valid_BS, 0, 1), cache.cursor)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class State:
-  """What decoding carries from token to token.
+class Prompts:
+  """R prompts that have gone through the model, to be continued any number of times.
 
   Attributes:
-    step: int32 scalar, tokens drawn so far.
-    logits_BV: float32, of the token to draw next.
-    cache: keys and values of prompts and continuations.
-    lengths_B: int32, tokens of each row's prompt.
-    done_B: bool, the row has ended.
-    tokens_BG: int32, the continuations, filled with the end token.
-    counts_B: int32, their lengths.
+    cache: their keys and values in P slots.
+    logits_RV: float32, of the first token to draw.
+    lengths_R: int32, their tokens.
   """
 
-  step: jax.Array
-  logits_BV: jax.Array
   cache: llama.Cache
-  lengths_B: jax.Array
-  done_B: jax.Array
-  tokens_BG: jax.Array
-  counts_B: jax.Array
-
-
-def free_slots(config: llama.LlamaConfig, prompt: int, longest: int) -> int:
-  """Free slots behind a prompt: the decoding kernel takes whole blocks alone."""
-  whole = decode_attention.BLOCKS[-1] if config.attention == "splash" else 1
-  return -(-(prompt + longest) // whole) * whole - prompt
-
-
-def prefill(
-  model: llama.Llama,
-  prompts_RP: jax.Array,
-  lengths_R: jax.Array,
-  *,
-  samples: int,
-  longest: int,
-  eos_id: int,
-  dtype: jax.typing.DTypeLike,
-) -> State:
-  """The state before the first token of `samples` continuations of each prompt; arguments as in `generate`."""
-  prompts, batch = len(prompts_RP), len(prompts_RP) * samples
-  hidden_RPD, cache = model.prefill(prompts_RP, lengths_R, dtype)
-  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
-  lengths_B = jnp.repeat(lengths_R, samples, total_repeat_length=prompts * samples)
-  return State(
-    step=jnp.int32(0),
-    logits_BV=jnp.repeat(model.logits(last_RD), samples, axis=0),
-    cache=fan_out(cache, samples, free_slots(model.config, prompts_RP.shape[1], longest)),
-    lengths_B=lengths_B,
-    done_B=lengths_B == 0,
-    tokens_BG=jnp.full((batch, longest), eos_id, jnp.int32),
-    counts_B=jnp.zeros(batch, jnp.int32),
-  )
-
-
-def decode(model: llama.Llama, state: State, keys_B: jax.Array, sampling: Sampling, eos_id: int) -> State:
-  """Draws one token for each row that has not ended, and computes what the next one is drawn from."""
-  drawn_B = draw(state.logits_BV, keys_B, state.step, sampling.temperature, sampling.top_p)
-  token_B = jnp.where(state.done_B, eos_id, drawn_B)
-  done_B = state.done_B | (token_B == eos_id)
-  hidden_B1D, cache = model.cached(
-    token_B[:, None], (state.lengths_B + state.step)[:, None], ~done_B[:, None], state.cache
-  )
-  return State(
-    step=state.step + 1,
-    logits_BV=model.logits(hidden_B1D[:, 0]),
-    cache=cache,
-    lengths_B=state.lengths_B,
-    done_B=done_B,
-    tokens_BG=jax.lax.dynamic_update_slice(state.tokens_BG, token_B[:, None], (0, state.step)),
-    counts_B=state.counts_B + ~state.done_B,
-  )
-
-
-@functools.partial(jax.jit, static_argnames=("samples", "sampling", "eos_id", "dtype"))
-def generate(
-  model: llama.Llama,
-  prompts_RP: jax.Array,
-  lengths_R: jax.Array,
-  key_data_B2: jax.Array,
-  *,
-  samples: int,
-  sampling: Sampling,
-  eos_id: int,
-  dtype: str,
-) -> tuple[jax.Array, jax.Array]:
-  """Samples `samples` continuations of each prompt.
-
-  Args:
-    model: the model.
-    prompts_RP: int32, padded on the right; R prompts make B = R · samples rows, the samples of a prompt adjacent.
-    lengths_R: number of real tokens in each prompt; 0 marks an empty slot, which is never sampled.
-    key_data_B2: uint32, the RNG key of each row.
-    samples: continuations of each prompt.
-    sampling: temperature, top-p and the longest continuation G.
-    eos_id: the token that ends a continuation.
-    dtype: of the KV cache.
-
-  Returns:
-    tokens int32 [B, G], filled with `eos_id` after the end; lengths int32 [B], the end token included.
-  """
-  keys_B = jax.random.wrap_key_data(key_data_B2)
-  start = prefill(model, prompts_RP, lengths_R, samples=samples, longest=sampling.max_new, eos_id=eos_id, dtype=dtype)
-
-  def unfinished(state: State) -> jax.Array:
-    return (state.step < sampling.max_new) & ~jnp.all(state.done_B)
-
-  end = jax.lax.while_loop(unfinished, lambda state: decode(model, state, keys_B, sampling, eos_id), start)
-  return end.tokens_BG, end.counts_B
+  logits_RV: jax.Array
+  lengths_R: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
-def option_probs(
-  model: llama.Llama, prompts_RP: jax.Array, lengths_R: jax.Array, options_K: jax.Array, *, dtype: str
-) -> jax.Array:
-  """float32 [R, K]: how the model divides its next token's probability among K options (they sum to 1).
+def prefill(
+  model: llama.Llama, prompts_RT: jax.Array, lengths_R: jax.Array, prefix: llama.Cache | None = None, *, dtype: str
+) -> Prompts:
+  """Sends prompts through the model.
 
   Args:
     model: the model.
-    prompts_RP: int32, padded on the right.
-    lengths_R: number of real tokens in each prompt; rows of length 0 mean nothing.
-    options_K: int32, the token ids compared.
+    prompts_RT: int32, padded on the right; without the prefix.
+    lengths_R: number of real tokens in each; a row of length 0 means nothing.
+    prefix: the cache of a prompt that all of these begin with.
     dtype: of the KV cache.
   """
-  hidden_RPD, _ = model.prefill(prompts_RP, lengths_R, dtype)
-  last_RD = jnp.take_along_axis(hidden_RPD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
-  return jax.nn.softmax(model.logits(last_RD)[:, options_K], axis=-1)
+  hidden_RTD, cache = model.prefill(prompts_RT, lengths_R, dtype, prefix)
+  last_RD = jnp.take_along_axis(hidden_RTD, jnp.maximum(lengths_R - 1, 0)[:, None, None], axis=1)[:, 0]
+  return Prompts(cache, model.logits(last_RD), lengths_R + (prefix.valid_BS.shape[1] if prefix else 0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Slots:
+  """B slots, each of which decodes a continuation of its own at its own pace.
+
+  The cache is a ring of S places. All slots write their next token at its one cursor, wherever in their texts they are,
+  and a prompt is placed right before it; so nothing of a text is overwritten as long as prompt and continuation fit S.
+
+  Attributes:
+    cache: keys and values.
+    logits_BV: float32, of the token to draw next.
+    keys_B2: uint32, the RNG key of each continuation.
+    lengths_B: int32, tokens of each prompt.
+    counts_B: int32, tokens drawn.
+    limits_B: int32, the most that may be drawn, G or less.
+    done_B: bool, there is nothing to draw: the continuation has ended, or the slot is empty.
+    tokens_BG: int32, the continuations.
+  """
+
+  cache: llama.Cache
+  logits_BV: jax.Array
+  keys_B2: jax.Array
+  lengths_B: jax.Array
+  counts_B: jax.Array
+  limits_B: jax.Array
+  done_B: jax.Array
+  tokens_BG: jax.Array
+
+
+def ring(config: llama.LlamaConfig, prompt: int, longest: int) -> int:
+  """Places that a prompt and its continuation need: the decoding kernel takes whole blocks alone."""
+  whole = decode_attention.BLOCKS[-1] if config.attention == "splash" else 1
+  return -(-(prompt + longest) // whole) * whole
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count", "prompt", "longest", "dtype"))
+def empty(config: llama.LlamaConfig, *, count: int, prompt: int, longest: int, dtype: str) -> Slots:
+  """`count` empty slots for prompts of up to `prompt` tokens and continuations of up to `longest`."""
+  numbers = jnp.zeros(count, jnp.int32)
+  return Slots(
+    cache=llama.init_cache(config, count, ring(config, prompt, longest), dtype),
+    logits_BV=mesh.constrain(jnp.zeros((count, config.vocab_size), jnp.float32), ("batch", "vocab")),
+    keys_B2=jnp.zeros((count, 2), jnp.uint32),
+    lengths_B=numbers,
+    counts_B=numbers,
+    limits_B=numbers,
+    done_B=jnp.ones(count, jnp.bool_),
+    tokens_BG=jnp.zeros((count, longest), jnp.int32),
+  )
+
+
+def _insert(
+  axis: int,
+  cache: jax.Array,
+  index_B: jax.Array,
+  prompts: jax.Array,
+  rows_A: jax.Array,
+  sources_A: jax.Array,
+  count: jax.Array,
+  cursor: jax.Array,
+) -> jax.Array:
+  """One device's part of keys or values, with prompts placed into its rows, one row after the other and in place."""
+  places, length = cache.shape[axis], prompts.shape[axis]
+
+  def one(number: jax.Array, cache: jax.Array) -> jax.Array:
+    row = rows_A[number] - index_B[0]
+    here = (row >= 0) & (row < cache.shape[1])
+    row = jnp.clip(row, 0, cache.shape[1] - 1)
+    prompt = jax.lax.dynamic_slice_in_dim(prompts, sources_A[number], 1, axis=1)
+    padded = jnp.pad(prompt, [(0, places - length if dim == axis else 0) for dim in range(prompt.ndim)])
+    placed = jnp.roll(padded, cursor - length, axis=axis)
+    kept = jax.lax.dynamic_slice_in_dim(cache, row, 1, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(here, placed, kept), row, axis=1)
+
+  return jax.lax.fori_loop(0, count, one, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def admit(
+  slots: Slots,
+  prompts: Prompts,
+  rows_A: jax.Array,
+  sources_A: jax.Array,
+  count: jax.Array,
+  limits_A: jax.Array,
+  keys_A2: jax.Array,
+) -> Slots:
+  """Begins continuations of prompts in some slots.
+
+  Args:
+    slots: donated.
+    prompts: what to continue.
+    rows_A: int32, the slots; the first `count` count.
+    sources_A: int32, the prompt of each.
+    count: int32 scalar.
+    limits_A: int32, the most tokens of each.
+    keys_A2: uint32, the RNG key of each.
+  """
+  cache, cursor = slots.cache, slots.cache.cursor
+  size, length = len(slots.done_B), prompts.cache.valid_BS.shape[1]
+  rows_A = jnp.where(jnp.arange(len(rows_A)) < count, rows_A, size)  # Beyond the last: dropped.
+
+  def take(old: jax.Array, new: jax.Array) -> jax.Array:
+    return old.at[rows_A].set(new, mode="drop")
+
+  padded = jnp.pad(prompts.cache.valid_BS, ((0, 0), (0, cache.valid_BS.shape[1] - length)))
+  valid_RS = jnp.roll(padded, cursor - length, axis=1)
+  more = (rows_A, sources_A, count, cursor)
+
+  def insert(old: jax.Array, new: jax.Array, axes: mesh.Axes, axis: int) -> jax.Array:
+    whole = tuple(None if name == "batch" else name for name in axes)
+    arrays = (old, jnp.arange(size), new, *more)
+    every: tuple[mesh.Axes, ...] = (axes, ("batch",), whole, (None,), (None,), (), ())
+    return mesh.each_device(functools.partial(_insert, axis), arrays, every, axes)
+
+  return Slots(
+    cache=llama.Cache(
+      keys_LBKHS=insert(cache.keys_LBKHS, prompts.cache.keys_LBKHS, llama.CACHE_KEYS, 4),
+      values_LBKSH=insert(cache.values_LBKSH, prompts.cache.values_LBKSH, llama.CACHE_VALUES, 3),
+      valid_BS=take(cache.valid_BS, valid_RS[sources_A]),
+      cursor=cursor,
+    ),
+    logits_BV=take(slots.logits_BV, prompts.logits_RV[sources_A]),
+    keys_B2=take(slots.keys_B2, keys_A2),
+    lengths_B=take(slots.lengths_B, prompts.lengths_R[sources_A]),
+    counts_B=take(slots.counts_B, jnp.zeros_like(rows_A)),
+    limits_B=take(slots.limits_B, limits_A),
+    done_B=take(slots.done_B, jnp.zeros(len(rows_A), jnp.bool_)),
+    tokens_BG=slots.tokens_BG,
+  )
+
+
+def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) -> Slots:
+  """Draws one token for each slot that has one to draw, and computes what the next one is drawn from."""
+  keys_B, longest = jax.random.wrap_key_data(slots.keys_B2), slots.tokens_BG.shape[1]
+  drawn_B = draw(slots.logits_BV, keys_B, slots.counts_B, sampling.temperature, sampling.top_p)
+  token_B = jnp.where(slots.done_B, eos_id, drawn_B)
+  here_BG = (jnp.arange(longest) == slots.counts_B[:, None]) & ~slots.done_B[:, None]
+  counts_B = slots.counts_B + ~slots.done_B
+  done_B = slots.done_B | (token_B == eos_id) | (counts_B == slots.limits_B)
+  position_B1 = (slots.lengths_B + slots.counts_B)[:, None]
+  hidden_B1D, cache = model.cached(token_B[:, None], position_B1, ~done_B[:, None], slots.cache)
+  return Slots(
+    cache=cache,
+    logits_BV=model.logits(hidden_B1D[:, 0]),
+    keys_B2=slots.keys_B2,
+    lengths_B=slots.lengths_B,
+    counts_B=counts_B,
+    limits_B=slots.limits_B,
+    done_B=done_B,
+    tokens_BG=jnp.where(here_BG, token_B[:, None], slots.tokens_BG),
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "sampling", "eos_id"), donate_argnums=1)
+def advance(
+  model: llama.Llama, slots: Slots, *, steps: int, sampling: Sampling, eos_id: int
+) -> tuple[Slots, jax.Array]:
+  """Up to `steps` tokens for each slot, fewer where all are done before; and how many steps that were (int32).
+
+  Args:
+    model: the model.
+    slots: donated.
+    steps: at the most.
+    sampling: temperature and top-p.
+    eos_id: the token that ends a continuation.
+  """
+
+  def unfinished(carry: tuple[Slots, jax.Array]) -> jax.Array:
+    return (carry[1] < steps) & ~jnp.all(carry[0].done_B)
+
+  def step(carry: tuple[Slots, jax.Array]) -> tuple[Slots, jax.Array]:
+    return decode(model, carry[0], sampling, eos_id), carry[1] + 1
+
+  return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))
+
+
+@jax.jit
+def keep(slots: Slots, rows_C: jax.Array) -> Slots:
+  """The slots of these numbers alone: fewer, where there is no more to begin."""
+  cache = slots.cache
+  return Slots(
+    cache=llama.Cache(
+      keys_LBKHS=mesh.constrain(cache.keys_LBKHS[:, rows_C], llama.CACHE_KEYS),
+      values_LBKSH=mesh.constrain(cache.values_LBKSH[:, rows_C], llama.CACHE_VALUES),
+      valid_BS=cache.valid_BS[rows_C],
+      cursor=cache.cursor,
+    ),
+    logits_BV=slots.logits_BV[rows_C],
+    keys_B2=slots.keys_B2[rows_C],
+    lengths_B=slots.lengths_B[rows_C],
+    counts_B=slots.counts_B[rows_C],
+    limits_B=slots.limits_B[rows_C],
+    done_B=slots.done_B[rows_C],
+    tokens_BG=slots.tokens_BG[rows_C],
+  )
+
+
+@jax.jit
+def option_probs(prompts: Prompts, options_K: jax.Array) -> jax.Array:
+  """float32 [R, K]: how the next token's probability is divided among K tokens (they sum to 1)."""
+  return jax.nn.softmax(prompts.logits_RV[:, options_K], axis=-1)

@@ -33,7 +33,7 @@ def test_splash_equals_xla_with_gradients(inputs: tuple[jax.Array, ...]) -> None
     return attention.causal("xla", *qkv, segments)
 
   def splash(*qkv):
-    return attention.splash(*qkv, segments, interpret=True)
+    return attention.splash(*qkv, segments, segments, interpret=True)
 
   np.testing.assert_allclose(real(splash(*arrays), segments), real(xla(*arrays), segments), atol=1e-5)
   for found, wanted in zip(
@@ -43,11 +43,22 @@ def test_splash_equals_xla_with_gradients(inputs: tuple[jax.Array, ...]) -> None
 
 
 def test_splash_divided_over_devices_equals_the_whole(inputs: tuple[jax.Array, ...]) -> None:
+  inputs = (*inputs, inputs[-1])
   whole = attention.splash(*inputs, interpret=True)
   four = [jnp.concatenate([array] * 4) for array in inputs]  # Rows for every device.
   with jax.set_mesh(tiny_model.eight_devices()):
     parts = jax.jit(lambda *given: attention.splash(*given, interpret=True))(*four)
   np.testing.assert_allclose(parts[:B], whole, atol=1e-5)
+
+
+def test_what_stands_before_is_seen_by_all(inputs: tuple[jax.Array, ...]) -> None:
+  """The last 128 queries alone, against all keys, give what they give among all queries."""
+  q, k, v, _ = inputs
+  ones = jnp.ones((B, T), jnp.int32)
+  whole = attention.causal("xla", q, k, v, ones)
+  parted = (q[:, 128:], k, v, ones[:, 128:])
+  np.testing.assert_allclose(attention.causal("xla", *parted, ones[:, :128]), whole[:, 128:], atol=1e-6)
+  np.testing.assert_allclose(attention.splash(*parted, ones, interpret=True), whole[:, 128:], atol=1e-5)
 
 
 def test_a_token_sees_its_own_text_up_to_itself(inputs: tuple[jax.Array, ...]) -> None:

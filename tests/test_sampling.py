@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srlm_jax import generator, llama, sampling
+from srlm_jax import generator, llama, mesh, sampling
 
 CONFIG = llama.LlamaConfig(
-  vocab_size=61, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=64, tied=True
+  vocab_size=62, embed=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffw=32, max_length=256, tied=True
 )
 EOS = 2
 
@@ -47,11 +47,13 @@ def test_draws_follow_the_distribution():
   probs = np.array([0.5, 0.3, 0.15, 0.05])
   keys = jax.random.wrap_key_data(np.random.default_rng(0).integers(0, 2**32, (20000, 2), dtype=np.uint32))
   logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs)), (20000, 4))
-  plain = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(0), 1.0, 1.0)), minlength=4) / 20000
+  plain = (
+    np.bincount(np.asarray(sampling.draw(logits, keys, jnp.zeros(20000, jnp.int32), 1.0, 1.0)), minlength=4) / 20000
+  )
   np.testing.assert_allclose(plain, probs, atol=0.015)
-  cut = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(1), 1.0, 0.75)), minlength=4) / 20000
+  cut = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.ones(20000, jnp.int32), 1.0, 0.75)), minlength=4) / 20000
   np.testing.assert_allclose(cut, [0.625, 0.375, 0, 0], atol=0.015)
-  hot = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.int32(2), 0.5, 1.0)), minlength=4) / 20000
+  hot = np.bincount(np.asarray(sampling.draw(logits, keys, jnp.full(20000, 2), 0.5, 1.0)), minlength=4) / 20000
   np.testing.assert_allclose(hot, probs**2 / np.sum(probs**2), atol=0.015)
 
 
@@ -68,7 +70,7 @@ def full_forward_greedy(model, prompt, steps):
 
 def test_greedy_decoding_equals_the_full_forward(model):
   rng = np.random.default_rng(1)
-  requests = [generator.Request(str(n), tuple(rng.integers(3, 61, n)), 1) for n in (1, 5, 17, 32, 33)]
+  requests = [generator.Request(str(n), tuple(rng.integers(3, 62, n)), 1) for n in (1, 5, 17, 32, 33)]
   found = run(make(model, temperature=0.0, max_new=12), requests)
   for request in requests:
     assert found[request.name][0].tokens == full_forward_greedy(model, request.tokens, 12)
@@ -76,7 +78,7 @@ def test_greedy_decoding_equals_the_full_forward(model):
 
 def test_the_text_depends_neither_on_the_batch_nor_on_the_order(model):
   rng = np.random.default_rng(2)
-  requests = [generator.Request(f"r{n}", tuple(rng.integers(3, 61, rng.integers(1, 40))), 2) for n in range(9)]
+  requests = [generator.Request(f"r{n}", tuple(rng.integers(3, 62, rng.integers(1, 40))), 2) for n in range(9)]
   one = run(make(model, rows=4, temperature=1.0, top_p=0.9, max_new=16), requests)
   other = run(make(model, rows=16, temperature=1.0, top_p=0.9, max_new=16), requests[::-1])
   assert one == other
@@ -104,12 +106,62 @@ def test_an_end_token_ends_the_text_and_is_in_it(model):
     assert text.finished or len(text.tokens) == 30
 
 
-def test_one_program_for_a_bucket_whatever_the_requests(model):
+def test_a_request_may_end_sooner(model):
+  one = generator.Request("r", (5, 6, 7), 3)
+  whole = run(make(model, temperature=1.0, max_new=16), [one])["r"]
+  cut = run(make(model, temperature=1.0, max_new=16), [generator.dataclasses.replace(one, longest=(4, 4, 2))])["r"]
+  assert [text.tokens for text in cut] == [text.tokens[:most] for text, most in zip(whole, (4, 4, 2), strict=True)]
+  assert not any(text.finished for text, all_of_it in zip(cut, whole, strict=True) if len(all_of_it.tokens) > 4)
+
+
+def test_few_programs_for_a_bucket_whatever_the_requests(model):
   engine = make(model, temperature=1.0, max_new=7)
-  run(engine, [generator.Request("a", (5,) * 3, 2)])
-  compiled = sampling.generate._cache_size()
-  run(engine, [generator.Request(str(n), (5,) * (n % 31 + 1), 2) for n in range(50)])
-  assert sampling.generate._cache_size() == compiled
+  programs = {sampling.prefill: 3, sampling.admit: 3, sampling.advance: 3, sampling.keep: 3}  # 8, 2 and 1 slots.
+  before = {program: program._cache_size() for program in programs}
+  for count in (50, 1, 3, 7, 2, 19, 6, 4):
+    run(engine, [generator.Request(f"{count} {n}", (5,) * (n % 31 + 1), 2) for n in range(count)])
+  for program, most in programs.items():
+    assert program._cache_size() - before[program] <= most, program
+
+
+def test_slots_are_filled_again_as_they_empty(model):
+  requests = [generator.Request(str(n), (3 + n % 50,), 4) for n in range(40)]
+  engine = make(model, rows=16, temperature=1.5, top_p=1.0, max_new=40)
+  texts = [len(text.tokens) for texts in run(engine, requests).values() for text in texts]
+  assert engine.usage.drawn == sum(texts) and len(texts) == 160
+  together = sum(16 * max(texts[start : start + 16]) for start in range(0, 160, 16))  # Each batch to its longest text.
+  assert sum(texts) / together < 0.75 < 0.85 < engine.usage.drawn / engine.usage.offered
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once(model, monkeypatch):
+  rng, shapes = np.random.default_rng(4), []
+  rubric = tuple(rng.integers(3, 62, 150))
+  requests = [generator.Request(str(n), (*rubric, *rng.integers(3, 62, n % 20 + 1)), 3) for n in range(12)]
+  engine = generator.Generator(model, EOS, sampling.Sampling(1.0, 0.9, 10), rows=8, max_prompt=200, seed=0)
+  real = sampling.prefill
+
+  def seen(model, rows, *rest, **how):
+    shapes.append(rows.shape)
+    return real(model, rows, *rest, **how)
+
+  monkeypatch.setattr(sampling, "prefill", seen)
+  found = run(engine, requests)
+  assert shapes[0] == (1, 128) and {width for _, width in shapes[1:]} <= {32, 48}
+  probs = {request.name: row for request, row in engine.option_probs(requests, [4, 5, 6])}
+  monkeypatch.setattr(generator, "PREFIX", 10**6)
+  assert run(engine, requests) == found
+  for request, row in engine.option_probs(requests, [4, 5, 6]):
+    np.testing.assert_allclose(row, probs[request.name], rtol=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8), dict(tensor=2, fsdp=4)], ids=str)
+def test_on_several_devices_the_texts_are_the_same(model, sizes):
+  requests = [generator.Request(str(n), (3 + n,) * (n % 7 + 1), 3) for n in range(20)]
+  alone = run(make(model, rows=16, temperature=1.2, max_new=12), requests)
+  devices = mesh.make_mesh(**sizes)
+  with jax.set_mesh(devices):
+    placed = jax.device_put(model, mesh.shardings(model, devices))
+    assert run(make(placed, rows=16, temperature=1.2, max_new=12), requests) == alone
 
 
 def test_a_prompt_that_is_too_long_is_an_error(model):
