@@ -1,7 +1,7 @@
 """Rollouts against transformers' generate: the same checkpoint, prompts, lengths and sampling, in turn, in one run.
 
-  pip install -e '.[bench]'
-  python benchmarks/rollouts.py --model=15m --workload=answers --rounds=3
+  launch/setup.sh --torch test
+  .venv/bin/python benchmarks/rollouts.py --model=15m --workload=answers --rounds=3
 
 "answers": 64 prompts × 4 samples, lengths lognormal; "judging": 256 judge prompts (the real rubric and, where
 SRLM_REAL_DATA names it, the real Llama 2 tokenizer) × 3 votes. Each continuation has a length of its own, the same on
