@@ -1,5 +1,6 @@
 """The launcher of a pod on one machine: restarts of a fake srlm; and the whole loop, killed in every stage."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -85,8 +86,9 @@ def kill_in_every_stage(logs: pathlib.Path, over: threading.Event, killed: list[
     if step and step not in killed:
       time.sleep(0.3 * len(killed) % 2)
       pids = (logs / "pids").read_text().split()
-      os.kill(int(pids[len(killed) % len(pids)]), signal.SIGKILL)
-      killed.append(step)
+      with contextlib.suppress(ProcessLookupError):  # It may have ended just now.
+        os.kill(int(pids[len(killed) % len(pids)]), signal.SIGKILL)
+        killed.append(step)
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ def test_every_stage_runs_on_real_trees_with_the_real_tokenizer(tmp_path, monkey
   settings = module.get_config()
   settings.data.trees = f"{REAL}/en_100_tree.jsonl"
   settings.tokenizer = f"{REAL}/llama2_tokenizer.model"
-  monkeypatch.setattr(mesh_lib, "make_mesh", lambda **_: tiny_model.one_device())
+  mesh = tiny_model.one_device()
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda **_: mesh)
   workdir = epath.Path(tmp_path / "run")
   main.run_steps(settings, workdir, "all")
 
