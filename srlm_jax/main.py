@@ -18,7 +18,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, steps
+from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, slices, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -124,7 +124,14 @@ def show_plan(settings: config_dict.ConfigDict) -> bool:
     dropout=0.0,
     remat="none",
   )
-  return plan.run(settings, config, _TOPOLOGY.value or settings.topology, _PROGRAMS.value, _JSON.value)
+  topology = _TOPOLOGY.value or settings.topology
+  try:
+    return plan.run(settings, config, topology, _PROGRAMS.value, _JSON.value)
+  except ValueError as error:
+    if settings.topology or topology not in slices.FITS.get(settings.base.size, {}):
+      raise
+    known = f"{settings.base.size},{topology}"
+    raise ValueError(f"{error} The configuration that is known to do is --config=FILE:{known}.") from error
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:

@@ -268,6 +268,7 @@ def _one(
   describe(topology)  # Where that fails, no other slice will do.
   try:
     training, generation = meshes(settings, topology)
+    steps.check_batches(settings, training, ["sft", "dpo"] if settings.models > 1 else ["sft"])
     built = programs.programs(settings, config, training, generation)
   except ValueError as error:
     if stop:

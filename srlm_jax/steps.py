@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import copy
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from etils import epath
@@ -99,14 +100,21 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
-  ways = mesh.size // mesh.shape["tensor"]
   pretrains = c.base.kind == "pretrain" and "m0" in folders
-  for name, wanted in {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}.items():
-    part = ways * c[name].accumulate
-    if wanted and c[name].batch % part:
+  trained = {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}
+  check_batches(settings, mesh, [name for name, wanted in trained.items() if wanted])
+
+
+def check_batches(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, trained: Sequence[str]) -> None:
+  """ValueError where the batch of one of these sections ("sft", "dpo" …) does not divide among the devices."""
+  ways = mesh.size // mesh.shape["tensor"]
+  for name in trained:
+    section, sides = settings[name], 2 if name == "dpo" else 1  # A pair is two rows.
+    least = math.lcm(ways, section.accumulate, ways * section.accumulate // math.gcd(ways * section.accumulate, sides))
+    if section.batch % least:
       raise ValueError(
-        f"{name}.batch={c[name].batch} does not divide among {ways} devices (mesh.slice × mesh.data × mesh.fsdp) in "
-        f"{c[name].accumulate} part(s): change it to a multiple of {part}, or raise mesh.tensor."
+        f"{name}.batch={section.batch} does not divide among {ways} devices (mesh.slice × mesh.data × mesh.fsdp) in "
+        f"{section.accumulate} part(s): change it to a multiple of {least}, or raise mesh.tensor."
       )
 
 

@@ -1,8 +1,10 @@
 """Configurations for slices: each divides, and is what the file says; that it fits is for `srlm plan` to say."""
 
+import types
+
 import pytest
 
-from srlm_jax import chips, config, llama, slices
+from srlm_jax import chips, config, llama, slices, steps
 
 FITS = [(size, topology) for size, known in slices.FITS.items() for topology in known]
 
@@ -16,6 +18,21 @@ def test_every_line_divides(size: str, topology: str) -> None:
     assert count % tensor == shape.kv_heads % tensor == shape.ffw % tensor == shape.vocab_size % tensor == 0
   fsdp = count // c.mesh.tensor
   assert c.sft.batch % fsdp == 0 and 2 * c.dpo.batch // c.dpo.accumulate % fsdp == 0 and shape.embed % fsdp == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "batch", "accumulate", "ways", "least"),
+  [("dpo", 16, 2, 16, 0), ("dpo", 16, 1, 32, 32), ("dpo", 16, 4, 16, 32), ("sft", 16, 2, 16, 32), ("sft", 16, 2, 8, 0)],
+)
+def test_what_a_batch_must_be(name: str, batch: int, accumulate: int, ways: int, least: int) -> None:
+  c = config.base()
+  c[name].update(batch=batch, accumulate=accumulate)
+  mesh = types.SimpleNamespace(size=2 * ways, shape={"tensor": 2})
+  if not least:
+    steps.check_batches(c, mesh, [name])
+    return
+  with pytest.raises(ValueError, match=f"{name}.batch=16 does not divide .* a multiple of {least}, or raise"):
+    steps.check_batches(c, mesh, [name])
 
 
 def test_every_size_has_a_slice_of_every_chip() -> None:
