@@ -107,7 +107,7 @@ def loss_and_batch(kind, model):
   return functools.partial(train_step.dpo_loss, chunk=0, beta=0.1), batch
 
 
-def same_gradients(found, wanted):
+def check_same_gradients(found, wanted):
   for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted[0]), strict=True):
     np.testing.assert_allclose(one, other, atol=2e-6)
   assert found[1].keys() == wanted[1].keys()
@@ -121,7 +121,7 @@ def test_a_batch_in_parts_is_the_same_update(kind):
   loss_fn, batch = loss_and_batch(kind, model)
   whole = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
   for count in (2, 4):
-    same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, count), whole)
+    check_same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, count), whole)
 
 
 def test_a_part_without_targets_weighs_nothing():
@@ -129,7 +129,7 @@ def test_a_part_without_targets_weighs_nothing():
   batch = make_batch([batching.Example((5, 6, 7, 2), 2), batching.Example((5, 6, 9, 2), 4)])  # The second has none.
   loss_fn = functools.partial(train_step.sft_loss, chunk=0)
   whole = train_step._gradients(model, batch, jax.random.key(0), loss_fn, 1)
-  same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, 2), whole)
+  check_same_gradients(train_step._gradients(model, batch, jax.random.key(0), loss_fn, 2), whole)
   assert float(whole[1]["target_tokens"]) == 2
 
 
@@ -143,7 +143,7 @@ def test_slices_give_the_same_update_and_talk_once(kind, accumulate):
   step = jax.jit(lambda *args: train_step._gradients(*args, loss_fn, accumulate))
   with jax.set_mesh(devices):
     compiled = step.lower(placed, batch, jax.random.key(0)).compile()
-    same_gradients(compiled(placed, batch, jax.random.key(0)), whole)
+    check_same_gradients(compiled(placed, batch, jax.random.key(0)), whole)
   computations, entry = hlo.parse(compiled.as_text())
   between = {
     name
