@@ -157,9 +157,8 @@ class _Run:
     self.queue = collections.deque(bucket.requests)
     total = sum(request.samples for request in bucket.requests)
     self.count = min(size for size in _ladder(engine.rows) if size >= min(total, engine.rows))
-    self.batch = mesh.whole_batch(
-      max(self.count // bucket.requests[0].samples // 2, 1)
-    )  # Prompts that go through at once.
+    # Prompts that go through the model at once: for half of the slots.
+    self.batch = mesh.whole_batch(self.count // bucket.requests[0].samples // 2)
     self.steps = min(max(engine.sampling.max_new // 10, 1), 8)
     config, longest = engine.model.config, engine.sampling.max_new
     whole = bucket.shared + bucket.length

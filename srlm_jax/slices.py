@@ -1,5 +1,7 @@
 """What fits where: how each size of Llama 2 lies on TPU slices. Every line has passed `srlm plan`, all programs of it.
 
+What plan does not compile is the move of the weights from training's mesh to sampling's (`mesh.moved`), layer by layer.
+
   srlm plan --config=configs/m2.py:llama2_70b,v5p:4x4x4
 
 The lines are for the paper's batch (16 examples, 16 pairs) and 2,048 tokens. A slice that is not here may do, too:
