@@ -128,7 +128,8 @@ def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any
 
 
 def _sampling(temperature: float, top_p: float, max_new: int) -> dict[str, Any]:
-  return dict(temperature=temperature, top_p=top_p, max_new=max_new)  # The longest text, max_new, is unstated.
+  # unstated: the longest text, max_new, and strings that end one: --config.prompts.sampling.stop="('\\n\\n',)".
+  return dict(temperature=temperature, top_p=top_p, max_new=max_new, stop=())
 
 
 def frozen(kind: type[T], fields: Mapping[str, Any], **more: Any) -> T:

@@ -104,6 +104,7 @@ def _generation(settings: config_dict.ConfigDict, config: llama.LlamaConfig, mes
     limits_B=_array((rows,), jnp.int32, mesh, ("batch",)),
     done_B=_array((rows,), jnp.bool_, mesh, ("batch",)),
     tokens_BG=_array((rows, new), jnp.int32, mesh, ("batch", None)),
+    logprobs_BG=_array((rows, 0), jnp.float32, mesh, ("batch", None)),
   )
   shardings = jax.tree.map(lambda leaf: leaf.sharding, slots)
   step = jax.jit(

@@ -11,15 +11,22 @@ from srlm_jax import decode_attention, llama, mesh
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 keeps the whole distribution."""
+  """How to draw tokens. `temperature` 0 is greedy; `top_p` 1 keeps the whole distribution.
+
+  A text ends with the end token, after `max_new` tokens, or with the token that completes one of the `stop` strings.
+  """
 
   temperature: float = 0.7
   top_p: float = 0.9
   max_new: int = 512
+  stop: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new < 1:
       raise ValueError(f"{self}: needs temperature >= 0, 0 < top_p <= 1 and max_new >= 1.")
+    if isinstance(self.stop, str) or not all(self.stop):
+      raise ValueError(f"{self}: stop is a tuple of strings that are not empty, as in ('\\n\\n',).")
+    object.__setattr__(self, "stop", tuple(self.stop))  # A configuration read from JSON gives a list.
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
@@ -107,6 +114,7 @@ class Slots:
     limits_B: int32, the most that may be drawn, G or less.
     done_B: bool, there is nothing to draw: the continuation has ended, or the slot is empty.
     tokens_BG: int32, the continuations.
+    logprobs_BG: float32, of these tokens under the model, before temperature and top-p; [B, 0] where nobody asked.
   """
 
   cache: llama.Cache
@@ -117,6 +125,7 @@ class Slots:
   limits_B: jax.Array
   done_B: jax.Array
   tokens_BG: jax.Array
+  logprobs_BG: jax.Array
 
 
 def ring(config: llama.LlamaConfig, prompt: int, longest: int) -> int:
@@ -125,8 +134,10 @@ def ring(config: llama.LlamaConfig, prompt: int, longest: int) -> int:
   return -(-(prompt + longest) // whole) * whole
 
 
-@functools.partial(jax.jit, static_argnames=("config", "count", "prompt", "longest", "dtype"))
-def empty(config: llama.LlamaConfig, *, count: int, prompt: int, longest: int, dtype: str) -> Slots:
+@functools.partial(jax.jit, static_argnames=("config", "count", "prompt", "longest", "dtype", "logprobs"))
+def empty(
+  config: llama.LlamaConfig, *, count: int, prompt: int, longest: int, dtype: str, logprobs: bool = False
+) -> Slots:
   """`count` empty slots for prompts of up to `prompt` tokens and continuations of up to `longest`."""
   numbers = jnp.zeros(count, jnp.int32)
   return Slots(
@@ -138,7 +149,27 @@ def empty(config: llama.LlamaConfig, *, count: int, prompt: int, longest: int, d
     limits_B=numbers,
     done_B=jnp.ones(count, jnp.bool_),
     tokens_BG=jnp.zeros((count, longest), jnp.int32),
+    logprobs_BG=jnp.zeros((count, longest if logprobs else 0), jnp.float32),
   )
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def grow(slots: Slots, *, places: int) -> Slots:
+  """The same slots, whose ring has more places: its oldest place comes first, the new ones come last."""
+  cache, more = slots.cache, places - slots.cache.valid_BS.shape[1]
+
+  def longer(array: jax.Array, axis: int, axes: mesh.Axes) -> jax.Array:
+    unrolled = jnp.roll(array, -cache.cursor, axis=axis)
+    padded = jnp.pad(unrolled, [(0, more if dim == axis else 0) for dim in range(array.ndim)])
+    return mesh.constrain(padded, axes)
+
+  cache = llama.Cache(
+    keys_LBKHS=longer(cache.keys_LBKHS, 4, llama.CACHE_KEYS),
+    values_LBKSH=longer(cache.values_LBKSH, 3, llama.CACHE_VALUES),
+    valid_BS=longer(cache.valid_BS, 1, ("batch", "length")),
+    cursor=jnp.int32(places - more),
+  )
+  return dataclasses.replace(slots, cache=cache)
 
 
 def _insert(
@@ -219,6 +250,7 @@ def admit(
     limits_B=take(slots.limits_B, limits_A),
     done_B=take(slots.done_B, jnp.zeros(len(rows_A), jnp.bool_)),
     tokens_BG=slots.tokens_BG,
+    logprobs_BG=slots.logprobs_BG,
   )
 
 
@@ -232,6 +264,11 @@ def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) ->
   done_B = slots.done_B | (token_B == eos_id) | (counts_B == slots.limits_B)
   position_B1 = (slots.lengths_B + slots.counts_B)[:, None]
   hidden_B1D, cache = model.cached(token_B[:, None], position_B1, ~done_B[:, None], slots.cache)
+  logprobs_BG = slots.logprobs_BG
+  if logprobs_BG.shape[1]:
+    hit_BV = jnp.arange(slots.logits_BV.shape[1]) == token_B[:, None]  # A masked sum: the vocabulary may be divided.
+    drawn_B = jnp.sum(jnp.where(hit_BV, slots.logits_BV, 0.0), axis=-1) - jax.nn.logsumexp(slots.logits_BV, axis=-1)
+    logprobs_BG = jnp.where(here_BG, drawn_B[:, None], logprobs_BG)
   return Slots(
     cache=cache,
     logits_BV=model.logits(hidden_B1D[:, 0]),
@@ -241,18 +278,20 @@ def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) ->
     limits_B=slots.limits_B,
     done_B=done_B,
     tokens_BG=jnp.where(here_BG, token_B[:, None], slots.tokens_BG),
+    logprobs_BG=logprobs_BG,
   )
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "sampling", "eos_id"), donate_argnums=1)
 def advance(
-  model: llama.Llama, slots: Slots, *, steps: int, sampling: Sampling, eos_id: int
+  model: llama.Llama, slots: Slots, stopped_B: jax.Array, *, steps: int, sampling: Sampling, eos_id: int
 ) -> tuple[Slots, jax.Array]:
   """Up to `steps` tokens for each slot, fewer where all are done before; and how many steps that were (int32).
 
   Args:
     model: the model.
     slots: donated.
+    stopped_B: bool, slots whose continuation the host has ended.
     steps: at the most.
     sampling: temperature and top-p.
     eos_id: the token that ends a continuation.
@@ -264,6 +303,7 @@ def advance(
   def step(carry: tuple[Slots, jax.Array]) -> tuple[Slots, jax.Array]:
     return decode(model, carry[0], sampling, eos_id), carry[1] + 1
 
+  slots = dataclasses.replace(slots, done_B=slots.done_B | stopped_B)
   return jax.lax.while_loop(unfinished, step, (slots, jnp.int32(0)))
 
 
@@ -285,6 +325,7 @@ def keep(slots: Slots, rows_C: jax.Array) -> Slots:
     limits_B=slots.limits_B[rows_C],
     done_B=slots.done_B[rows_C],
     tokens_BG=slots.tokens_BG[rows_C],
+    logprobs_BG=slots.logprobs_BG[rows_C],
   )
 
 

@@ -1,5 +1,7 @@
 """Sampling: the nucleus, greedy decoding against the full forward, and texts that do not depend on their batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,19 +111,78 @@ def test_an_end_token_ends_the_text_and_is_in_it(model):
 def test_a_request_may_end_sooner(model):
   one = generator.Request("r", (5, 6, 7), 3)
   whole = run(make(model, temperature=1.0, max_new=16), [one])["r"]
-  cut = run(make(model, temperature=1.0, max_new=16), [generator.dataclasses.replace(one, longest=(4, 4, 2))])["r"]
+  cut = run(make(model, temperature=1.0, max_new=16), [dataclasses.replace(one, longest=(4, 4, 2))])["r"]
   assert [text.tokens for text in cut] == [text.tokens[:most] for text, most in zip(whole, (4, 4, 2), strict=True)]
   assert not any(text.finished for text, all_of_it in zip(cut, whole, strict=True) if len(all_of_it.tokens) > 4)
 
 
-def test_few_programs_for_a_bucket_whatever_the_requests(model):
+def test_few_programs_whatever_the_requests(model):
   engine = make(model, temperature=1.0, max_new=7)
-  programs = {sampling.prefill: 3, sampling.admit: 3, sampling.advance: 3, sampling.keep: 3}  # 8, 2 and 1 slots.
+  programs = {sampling.prefill: 2, sampling.admit: 2, sampling.advance: 2, sampling.keep: 1, sampling.grow: 0}
   before = {program: program._cache_size() for program in programs}
   for count in (50, 1, 3, 7, 2, 19, 6, 4):
     run(engine, [generator.Request(f"{count} {n}", (5,) * (n % 31 + 1), 2) for n in range(count)])
   for program, most in programs.items():
     assert program._cache_size() - before[program] <= most, program
+
+
+def test_with_longer_prompts_the_ring_grows_and_nothing_is_compiled_twice(model):
+  rng = np.random.default_rng(5)
+  requests = [generator.Request(f"g{n}", tuple(rng.integers(3, 62, n * 3 % 90 + 1)), 3) for n in range(60)]
+  engine = dataclasses.replace(make(model, temperature=1.0, top_p=0.9, max_new=11), max_prompt=100)
+  before = sampling.grow._cache_size()
+  found = run(engine, requests)  # Prompts of up to 32, 48, 64 and 96 tokens.
+  programs = [sampling.prefill, sampling.admit, sampling.advance, sampling.keep, sampling.grow]
+  sizes = [program._cache_size() for program in programs]
+  assert sizes[-1] - before == 3
+  assert engine.usage.drawn / engine.usage.offered > 0.8  # One tail for all, not one for each length.
+  assert run(engine, requests[::-1]) == found
+  assert [program._cache_size() for program in programs] == sizes
+  alone = dataclasses.replace(engine, rows=4)
+  assert all(run(alone, [one])[one.name] == found[one.name] for one in requests[::7])
+
+
+def test_a_stop_string_ends_the_text_at_the_token_that_completes_it(model):
+  def decode(ids):
+    return "".join(chr(97 + token % 26) for token in ids)
+
+  requests = [generator.Request(str(n), (3 + n,), 4) for n in range(20)]
+  whole = run(make(model, temperature=1.5, top_p=1.0, max_new=40), requests)
+  stop = ("ab", "q")
+  engine = generator.Generator(model, EOS, sampling.Sampling(1.5, 1.0, 40, stop), 8, 40, seed=0, decode=decode)
+  cut = run(engine, requests)
+  stopped = 0
+  for name, texts in whole.items():
+    for text, shorter in zip(texts, cut[name], strict=True):
+      ends = [n for n in range(1, len(text.tokens) + 1) if any(word in decode(text.tokens[:n]) for word in stop)]
+      assert shorter.tokens == text.tokens[: ends[0] if ends else None]
+      assert shorter.finished == (bool(ends) or text.finished)
+      stopped += bool(ends)
+  assert 20 < stopped < 80
+  assert engine.usage.drawn == sum(len(text.tokens) for texts in cut.values() for text in texts)
+
+
+def test_stop_strings_need_a_tokenizer(model):
+  with pytest.raises(ValueError, match="need a tokenizer"):
+    make(model, stop=("x",))
+  for wrong in ("x", ("",)):
+    with pytest.raises(ValueError, match="stop is a tuple"):
+      sampling.Sampling(stop=wrong)
+
+
+def test_logprobs_on_request_are_those_of_the_full_forward(model):
+  request = generator.Request("r", (5, 6, 7), 3)
+  engine = dataclasses.replace(make(model, temperature=0.7, top_p=0.8, max_new=12), logprobs=True)
+  found = run(engine, [request])["r"]
+  assert [text.tokens for text in found] == [
+    text.tokens for text in run(make(model, temperature=0.7, top_p=0.8, max_new=12), [request])["r"]
+  ]
+  for text in found:
+    row = jnp.asarray([request.tokens + text.tokens])
+    hidden = model(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row))
+    full = jax.nn.log_softmax(model.logits(hidden[0]).astype(jnp.float32), axis=-1)
+    wanted = [full[2 + place, token] for place, token in enumerate(text.tokens)]
+    np.testing.assert_allclose(text.logprobs, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_slots_are_filled_again_as_they_empty(model):
