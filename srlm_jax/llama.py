@@ -409,6 +409,8 @@ class Llama(nnx.Module):
       values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), (index, 0, 0, start, 0))
       if self.config.attention == "splash" and decode_attention.takes(q, keys):
         mixed_BTKGH = decode_attention.attend(q, keys, values, mask_BTS[:, 0], index)
+      elif count == 1:
+        mixed_BTKGH = attention.cached(self.config.attention, q, keys, values, mask_BTS, index)
       else:
         mixed_BTKGH = attention.xla(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), mask_BTS)
       return (weights.finish(x_BTD, mixed_BTKGH), keys, values), None

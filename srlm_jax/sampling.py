@@ -29,38 +29,57 @@ class Sampling:
     object.__setattr__(self, "stop", tuple(self.stop))  # A configuration read from JSON gives a list.
 
 
-def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-  """Logits with everything outside the smallest set of likeliest tokens that holds `top_p` of the mass set to -inf.
+BLOCKS = 256  # Of a vocabulary, to draw from: a number that the vocabulary's shards divide.
+
+
+def nucleus(probs_BV: jax.Array, top_p: float) -> jax.Array:
+  """Probabilities with everything outside the smallest set of likeliest tokens that holds `top_p` of the mass set to 0.
 
   The threshold is found by bisection over the bit patterns of the probabilities (non-negative floats order as
   their bits do): 31 comparisons and sums, exact, and no sort of the vocabulary. Tokens tied at the threshold all stay.
   """
-  probs_BV = jax.nn.softmax(logits_BV, axis=-1)
-  bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+
+  def above(bits_B: jax.Array) -> jax.Array:
+    least_B = jax.lax.bitcast_convert_type(bits_B, jnp.float32)
+    return jnp.where(probs_BV >= least_B[:, None], probs_BV, 0.0)
 
   def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     low_B, high_B = bounds  # mass(>= low) reaches top_p, mass(>= high) does not.
     middle_B = low_B + (high_B - low_B) // 2
-    enough_B = jnp.sum(jnp.where(bits_BV >= middle_B[:, None], probs_BV, 0.0), axis=-1) >= top_p
+    enough_B = jnp.sum(above(middle_B), axis=-1) >= top_p
     return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
 
-  batch = logits_BV.shape[0]
+  batch = probs_BV.shape[0]
   one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
   low_B, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros(batch, jnp.int32), jnp.full(batch, one + 1, jnp.int32)))
-  return jnp.where(bits_BV >= low_B[:, None], logits_BV, -jnp.inf)
+  return above(low_B)
+
+
+def _choose(weights_BN: jax.Array, uniforms_B: jax.Array) -> jax.Array:
+  """int32 [B]: a place of each row by its weights (not negative, some positive), from a uniform number in [0, 1).
+
+  A place without weight is never chosen, however the sums are rounded.
+  """
+  sums_BN = jnp.where(weights_BN > 0, jnp.cumsum(weights_BN, axis=-1), -1.0)
+  return jnp.argmax(sums_BN > uniforms_B[:, None] * jnp.max(sums_BN, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array, steps_B: jax.Array, temperature: float, top_p: float) -> jax.Array:
-  """int32 [B]: one token a row. Each row has its own key, folded with its own step: no row depends on another."""
+  """int32 [B]: one token a row. Each row has its own key, folded with its own step: no row depends on another.
+
+  First a block of the vocabulary is drawn, then a token of it: two random numbers a row, not one for each token.
+  """
   if temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV = logits_BV.astype(jnp.float32) / temperature
+  probs_BV = jax.nn.softmax(logits_BV.astype(jnp.float32) / temperature, axis=-1)
   if top_p < 1:
-    logits_BV = nucleus(logits_BV, top_p)
-  noise_BV = jax.vmap(lambda key, step: jax.random.gumbel(jax.random.fold_in(key, step), logits_BV.shape[1:]))(
-    keys_B, steps_B
-  )
-  return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
+    probs_BV = nucleus(probs_BV, top_p)
+  uniforms_B2 = jax.vmap(lambda key, step: jax.random.uniform(jax.random.fold_in(key, step), (2,)))(keys_B, steps_B)
+  width = -(-probs_BV.shape[1] // BLOCKS)
+  blocks_BNW = jnp.pad(probs_BV, ((0, 0), (0, BLOCKS * width - probs_BV.shape[1]))).reshape(-1, BLOCKS, width)
+  block_B = _choose(jnp.sum(blocks_BNW, axis=-1), uniforms_B2[:, 0])
+  tokens_BW = jnp.take_along_axis(blocks_BNW, block_B[:, None, None], axis=1)[:, 0]
+  return block_B * width + _choose(tokens_BW, uniforms_B2[:, 1])
 
 
 @jax.tree_util.register_dataclass

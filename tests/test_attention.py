@@ -51,6 +51,19 @@ def test_splash_divided_over_devices_equals_the_whole(inputs: tuple[jax.Array, .
   np.testing.assert_allclose(parts[:B], whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 100])
+def test_a_cache_in_blocks_of_rows_equals_the_whole(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+  keys = jax.random.split(jax.random.key(1), 4)
+  q, k, v = (
+    jax.random.normal(key, shape)
+    for key, shape in zip(keys, [(6, 1, K, G, 8), (3, 6, K, 8, 20), (3, 6, K, 20, 8)], strict=False)
+  )
+  mask = jax.random.bernoulli(keys[3], 0.5, (6, 1, 20)).at[:, :, 0].set(True)
+  monkeypatch.setattr(attention, "BLOCK_BYTES", rows_at_once * K * 8 * 20 * 4)
+  blocked = jax.jit(lambda layer: attention.cached("blocked", q, k, v, mask, layer))(jnp.int32(2))
+  np.testing.assert_allclose(blocked, attention.xla(q, k[2], v[2], mask), atol=1e-6)
+
+
 def test_what_stands_before_is_seen_by_all(inputs: tuple[jax.Array, ...]) -> None:
   """The last 128 queries alone, against all keys, give what they give among all queries."""
   q, k, v, _ = inputs
@@ -77,4 +90,4 @@ def test_a_shape_that_the_kernel_does_not_take_goes_to_xla(inputs: tuple[jax.Arr
 
 
 def test_the_best_kind_of_a_platform() -> None:
-  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "xla", "xla"]
+  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "xla", "blocked"]

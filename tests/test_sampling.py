@@ -32,8 +32,8 @@ def run(engine, requests):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 def test_nucleus_equals_sorting(top_p):
   logits = np.random.default_rng(0).normal(0, 3, (16, 200)).astype(np.float32)
-  kept = np.isfinite(np.asarray(sampling.nucleus(jnp.asarray(logits), top_p)))
   probs = np.asarray(jax.nn.softmax(logits, axis=-1))
+  kept = np.asarray(sampling.nucleus(jnp.asarray(probs), top_p)) > 0
   for row in range(16):
     order = np.argsort(-probs[row])
     size = int(np.searchsorted(np.cumsum(probs[row][order]), top_p)) + 1
@@ -41,8 +41,25 @@ def test_nucleus_equals_sorting(top_p):
 
 
 def test_nucleus_keeps_a_certain_token_and_ties():
-  kept = np.isfinite(np.asarray(sampling.nucleus(jnp.array([[90.0, 0.0, 0.0], [1.0, 1.0, -50.0]]), 0.5)))
-  np.testing.assert_array_equal(kept, [[True, False, False], [True, True, False]])
+  probs = jax.nn.softmax(jnp.array([[90.0, 0.0, 0.0], [1.0, 1.0, -50.0]]), axis=-1)
+  kept = np.asarray(sampling.nucleus(probs, 0.5))
+  np.testing.assert_array_equal(kept > 0, [[True, False, False], [True, True, False]])
+  np.testing.assert_array_equal(kept[kept > 0], probs[kept > 0])
+
+
+@pytest.mark.parametrize("vocab", [3, 256, 257, 1000])
+def test_draws_over_several_blocks_follow_the_distribution_and_leave_the_rest_alone(vocab):
+  rng = np.random.default_rng(vocab)
+  probs = rng.dirichlet(np.full(vocab, 0.3))
+  keys = jax.random.wrap_key_data(rng.integers(0, 2**32, (20000, 2), dtype=np.uint32))
+  logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs) + 1e-30), (20000, vocab))
+  drawn = np.asarray(jax.jit(sampling.draw, static_argnums=(3, 4))(logits, keys, jnp.zeros(20000, jnp.int32), 1.0, 0.9))
+  order = np.argsort(-probs)
+  kept = order[: int(np.searchsorted(np.cumsum(probs[order]), 0.9)) + 1]
+  assert set(drawn) <= set(kept)
+  counts, wanted = np.bincount(drawn, minlength=vocab)[kept], 20000 * probs[kept] / probs[kept].sum()
+  chi2 = float(np.sum((counts - wanted) ** 2 / wanted))
+  assert abs(chi2 - (len(kept) - 1)) < 5 * np.sqrt(2 * max(len(kept) - 1, 1)), (chi2, len(kept))
 
 
 def test_draws_follow_the_distribution():
