@@ -1,13 +1,18 @@
-"""Rollouts against transformers' generate: the same checkpoint, prompts, lengths and sampling, in turn, in one run.
+"""Rollouts against what users would pick instead: one checkpoint, the same prompts, lengths and sampling, in turn.
 
-  launch/setup.sh --torch test
-  .venv/bin/python benchmarks/rollouts.py --model=15m --workload=answers --rounds=3
+  launch/setup.sh --torch test,bench
+  .venv/bin/python benchmarks/rollouts.py --model=15m --workload=answers --slots=32
+  .venv/bin/python benchmarks/rollouts.py --model=110m --workload=judging --slots=32 --rounds=1
+  .venv/bin/python benchmarks/rollouts.py --model=110m --workload=sharing
 
 "answers": 64 prompts × 4 samples, lengths lognormal; "judging": 256 judge prompts (the real rubric and, where
-SRLM_REAL_DATA names it, the real Llama 2 tokenizer) × 3 votes. Each continuation has a length of its own, the same on
-both sides: ours ends it there, theirs is told to draw the end token there. Theirs decodes with a KV cache, left padding
-and num_return_sequences, prompts sorted by length, in batches of as many rows as ours has slots, and once more with all
-of them in one batch; the faster counts. Prints a table, and a line of JSON.
+SRLM_REAL_DATA names it, the real Llama 2 tokenizer) × 3 votes; "sharing": what a sample costs as a prompt of 512 tokens
+has more of them, without peers. Each continuation has a length of its own, the same for all: ours ends it there, peers
+are told to. Peers: transformers' generate, in batches of as many rows as ours has slots or of four times as many,
+whichever is faster on one batch; and llama.cpp by its low-level calls, with continuous batching.
+
+On an accelerator, --model=1b or 7b (random weights, bfloat16) measures ours alone, as shares of what the chip can do.
+Prints a table, and a line of JSON.
 """
 
 from collections.abc import Callable
@@ -23,55 +28,47 @@ import zlib
 
 from absl import app, flags
 import jax
+import machine
 import numpy as np
+import peers
 
-from srlm_jax import convert, generator, mesh, sampling, templates, tokenizer
+from srlm_jax import attention, convert, generator, llama, mesh, sampling, templates, tokenizer
 
-_MODEL = flags.DEFINE_enum("model", "15m", ["15m", "110m"], "Shape of the random Llama.")
-_WORKLOAD = flags.DEFINE_enum("workload", "answers", ["answers", "judging"], "What is generated.")
+_MODEL = flags.DEFINE_enum("model", "15m", ["15m", "110m", "1b", "7b"], "Shape of the random Llama.")
+_WORKLOAD = flags.DEFINE_enum("workload", "answers", ["answers", "judging", "sharing"], "What is generated.")
+_PEERS = flags.DEFINE_list("peers", ["transformers", "llama.cpp"], "Those to compare with; --peers= for none.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each side, in turn.", lower_bound=1)
-_SLOTS = flags.DEFINE_integer("slots", 64, "Continuations decoded at once.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 32, "Continuations decoded at once.", lower_bound=1)
 _MEDIAN = flags.DEFINE_integer("median", 0, "Of the lengths in tokens; 0: 64 for answers, 40 for judging.")
 _SAMPLES = flags.DEFINE_integer("samples", 0, "Of each prompt; 0: 4 for answers, 3 for judging.")
-_PROMPTS = flags.DEFINE_integer("prompts", 0, "0: 64 for answers, 256 for judging.")
+_PROMPTS = flags.DEFINE_integer("prompts", 0, "0: 64 for answers, 256 for judging, 16 for sharing.")
 
+VOCAB = 32000
 SHAPES = {
   "15m": dict(hidden_size=288, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768),
   "110m": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048),
+  "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, intermediate_size=8192),
+  "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008),
 }
-VOCAB, EOS, PAD = 32000, 2, 0
-HOW = dict(temperature=0.7, top_p=0.9)
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """Prompts, and the length of every continuation of each."""
-
-  prompts: list[tuple[int, ...]]
-  lengths: np.ndarray  # int [prompts, samples]
-
-  @property
-  def longest(self) -> int:
-    """Tokens of the longest continuation."""
-    return int(self.lengths.max())
-
-
-def workload(rng: np.random.Generator) -> Work:
+def workload(rng: np.random.Generator) -> peers.Work:
   """The prompts and lengths that the flags ask for."""
   judging = _WORKLOAD.value == "judging"
   count, samples = _PROMPTS.value or (256 if judging else 64), _SAMPLES.value or (3 if judging else 4)
   median = _MEDIAN.value or (40 if judging else 64)
   lengths = np.clip(rng.lognormal(np.log(median), 0.8, (count, samples)).astype(int), 4, 5 * median)
   if not judging:
-    return Work([tuple(rng.integers(3, VOCAB, size)) for size in rng.integers(16, 128, count)], lengths)
+    return peers.Work([tuple(rng.integers(3, VOCAB, size).tolist()) for size in rng.integers(16, 128, count)], lengths)
   rubric = templates.load_rubric("judge_additive")
   head, tail = rubric.fill("\x00", "\x01").split("\x00")
   middle, end = tail.split("\x01")
   pieces = [_encode(text) for text in (head, middle, end)]
   drawn = (
-    (rng.integers(3, VOCAB, size) for size in (rng.integers(8, 40), rng.integers(20, 160))) for _ in range(count)
+    (rng.integers(3, VOCAB, size).tolist() for size in (rng.integers(8, 40), rng.integers(20, 160)))
+    for _ in range(count)
   )
-  return Work([(*pieces[0], *asked, *pieces[1], *answer, *pieces[2]) for asked, answer in drawn], lengths)
+  return peers.Work([(*pieces[0], *asked, *pieces[1], *answer, *pieces[2]) for asked, answer in drawn], lengths)
 
 
 def _encode(text: str) -> tuple[int, ...]:
@@ -82,12 +79,13 @@ def _encode(text: str) -> tuple[int, ...]:
   return tuple(3 + zlib.crc32(word.encode()) % (VOCAB - 3) for word in words)
 
 
-def ours(model: Any, work: Work, slots: int) -> tuple[float, generator.Usage]:
+def ours(model: llama.Llama, work: peers.Work, slots: int) -> tuple[float, generator.Usage]:
   """Seconds, and how the slots were used."""
   usage = generator.Usage()
   limit = max(map(len, work.prompts))
-  # No token ends a text by itself: the lengths do. Each sample is a request, and those of a prompt share its prefill.
-  engine = generator.Generator(model, -1, sampling.Sampling(max_new=work.longest, **HOW), slots, limit, 0, usage)
+  # No token ends a text by itself: the lengths do.
+  how = sampling.Sampling(max_new=work.longest, **peers.HOW)
+  engine = generator.Generator(model, -1, how, slots, limit, 0, usage=usage)
   requests = [
     generator.Request(str(number), prompt, len(lengths), tuple(lengths.tolist()))
     for number, (prompt, lengths) in enumerate(zip(work.prompts, work.lengths, strict=True))
@@ -99,100 +97,139 @@ def ours(model: Any, work: Work, slots: int) -> tuple[float, generator.Usage]:
   return took, usage
 
 
-def theirs(model: Any, work: Work, rows: int) -> float:
-  """Seconds of transformers."""
-  import torch
-  import transformers
-
-  class Ends(transformers.LogitsProcessor):
-    """The end token at each row's length, and not before."""
-
-    def __init__(self, lengths: np.ndarray, start: int) -> None:
-      self.lengths, self.start = torch.as_tensor(lengths), start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-      ended = input_ids.shape[1] - self.start >= self.lengths - 1
-      scores[:, EOS] = torch.where(ended, 1e9, -torch.inf)
-      return scores
-
-  order = sorted(range(len(work.prompts)), key=lambda number: len(work.prompts[number]))
-  samples = work.lengths.shape[1]
-  size, drawn = max(rows // samples, 1), 0
-  began = time.perf_counter()
-  for start in range(0, len(order), size):
-    batch = order[start : start + size]
-    width = max(len(work.prompts[number]) for number in batch)
-    ids = torch.full((len(batch), width), PAD)
-    for row, number in enumerate(batch):
-      ids[row, width - len(work.prompts[number]) :] = torch.as_tensor(work.prompts[number])
-    lengths = work.lengths[batch].reshape(-1)
-    out = model.generate(
-      input_ids=ids,
-      attention_mask=(ids != PAD).long(),
-      do_sample=True,
-      top_k=0,
-      num_return_sequences=samples,
-      max_new_tokens=int(lengths.max()),
-      eos_token_id=EOS,
-      pad_token_id=PAD,
-      logits_processor=transformers.LogitsProcessorList([Ends(lengths, width)]),
-      **HOW,
+def models(folder: str) -> tuple[llama.Llama, Any]:
+  """The model of the flags as ours and, for peers, as transformers'."""
+  kind = attention.best_for(jax.default_backend())
+  if not _PEERS.value:
+    shape = SHAPES[_MODEL.value]
+    heads = shape["num_attention_heads"]
+    config = llama.LlamaConfig(
+      VOCAB,
+      shape["hidden_size"],
+      shape["num_hidden_layers"],
+      heads,
+      heads,
+      shape["hidden_size"] // heads,
+      shape["intermediate_size"],
+      2048,
+      attention=kind,
     )
-    drawn += int((out[:, width:] != PAD).sum())
-  took = time.perf_counter() - began
-  assert drawn <= work.lengths.sum() and drawn > 0.99 * work.lengths.sum()  # Token 0 may be drawn as a word.
-  return took
-
-
-def main(_: list[str]) -> None:
-  """Runs both sides in turn, after one run of each to warm up."""
+    if jax.default_backend() != "cpu":
+      config = dataclasses.replace(config, dtype="bfloat16", param_dtype="bfloat16")
+    return jax.jit(llama.Llama, static_argnums=0)(config, jax.random.key(0)), None
   import torch
   import transformers
 
   torch.manual_seed(0)
   shape = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2048, **SHAPES[_MODEL.value])
-  torch_model = transformers.LlamaForCausalLM(shape).eval()
-  with tempfile.TemporaryDirectory() as folder:
-    torch_model.save_pretrained(folder)
-    devices = mesh.make_mesh(data=-1, fsdp=1)
-    jax_model = convert.import_hf(folder, devices)
+  theirs = transformers.LlamaForCausalLM(shape).eval()
+  theirs.save_pretrained(folder)
+  model = convert.import_hf(folder, jax.sharding.get_mesh())
+  model.config = model.layers.config = dataclasses.replace(model.config, attention=kind)
+  return model, theirs
+
+
+def others(theirs: Any, work: peers.Work, folder: str) -> dict[str, Callable[[], float]]:
+  """What runs each peer once, ready to run."""
+  found: dict[str, Callable[[], float]] = {}
+  if "transformers" in _PEERS.value:
+    samples = work.lengths.shape[1]
+
+    def cost(rows: int) -> float:  # Of a token, on one batch of so many rows: its better batch size counts.
+      batch = work.part(max(rows // samples, 1))
+      return peers.transformers(theirs, batch, rows) / int(batch.lengths.sum())
+
+    rows = min((_SLOTS.value, 4 * _SLOTS.value), key=cost)
+    found["transformers"] = lambda: peers.transformers(theirs, work, rows)
+  if "llama.cpp" in _PEERS.value:
+    path = pathlib.Path(folder) / "model.gguf"
+    peers.write_gguf(theirs, path)
+    places = max(map(len, work.prompts)) + work.longest
+    found["llama.cpp"] = peers.LlamaCpp(path, _SLOTS.value, places, os.cpu_count() or 1).run(work)
+  return found
+
+
+def compare(model: llama.Llama, theirs: Any, folder: str) -> dict[str, Any]:
+  """Runs all sides in turn, after one run of each to warm up."""
   work = workload(np.random.default_rng(0))
-  total, most = int(work.lengths.sum()), len(work.prompts) * work.lengths.shape[1]
-
-  def both(run: Callable[[], Any]) -> Any:
-    with jax.set_mesh(devices), torch.inference_mode():
-      return run()
-
-  batches = {rows: both(lambda rows=rows: theirs(torch_model, work, rows)) for rows in (_SLOTS.value, most)}
-  rows = min(batches, key=batches.__getitem__)  # Its better batch size; this was its warm-up, too.
-  both(lambda: ours(jax_model, work, _SLOTS.value))
-  times: list[tuple[float, float]] = []
+  total = int(work.lengths.sum())
+  runs = others(theirs, work, folder)
+  ours(model, work, _SLOTS.value)
+  times: dict[str, list[float]] = {"ours": [], **{name: [] for name in runs}}
   for number in range(_ROUNDS.value):
-    mine, usage = both(lambda: ours(jax_model, work, _SLOTS.value))
-    times.append((mine, both(lambda: theirs(torch_model, work, rows))))
-    ratio = times[-1][1] / times[-1][0]
-    print(
-      f"round {number + 1}: ours {total / mine:.0f}, transformers {total / times[-1][1]:.0f} tokens/s: {ratio:.2f} ×"
-    )
-  ratios = [other / mine for mine, other in times]
+    took, usage = ours(model, work, _SLOTS.value)
+    times["ours"].append(took)
+    for name, run in runs.items():
+      times[name].append(run())
+    print(f"round {number + 1}:", ", ".join(f"{name} {total / took[-1]:.0f} tokens/s" for name, took in times.items()))
   found = {
-    "workload": _WORKLOAD.value,
-    "model": _MODEL.value,
     "prompts": len(work.prompts),
     "samples": work.lengths.shape[1],
     "prompt tokens": sum(map(len, work.prompts)),
     "tokens": total,
     "slots": _SLOTS.value,
     "slot use": round(usage.drawn / usage.offered, 3),
-    "ours tokens/s": round(total / statistics.median(mine for mine, _ in times), 1),
-    "transformers tokens/s": round(total / statistics.median(other for _, other in times), 1),
-    "transformers rows": rows,
-    "ratio median": round(statistics.median(ratios), 2),
-    "ratio spread": [round(min(ratios), 2), round(max(ratios), 2)],
-    "device": jax.devices()[0].device_kind,
-    "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    "threads": torch.get_num_threads(),
   }
+  for name, took in times.items():
+    found[f"{name} tokens/s"] = round(total / statistics.median(took), 1)
+  for name in runs:
+    ratios = [theirs / mine for mine, theirs in zip(times["ours"], times[name], strict=True)]
+    found[f"against {name}"] = round(statistics.median(ratios), 2)
+    found[f"against {name}, spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
+  return found | _limits(model, work, usage, statistics.median(times["ours"]))
+
+
+def _limits(model: llama.Llama, work: peers.Work, usage: generator.Usage, took: float) -> dict[str, Any]:
+  """How long the whole would take if a step did nothing but read the weights, or its matmuls at their best."""
+  width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
+  weights = sum(leaf.size for leaf in jax.tree.leaves(model)) - model.embedding[...].size
+  bandwidth, peak = machine.bandwidth(), machine.matmul_peak("float32" if width == 4 else "bfloat16")
+  reading = usage.offered / _SLOTS.value * weights * width / bandwidth
+  computing = 2 * weights * (int(work.lengths.sum()) + sum(map(len, work.prompts))) / peak
+  return {
+    "memory GB/s": round(bandwidth / 1e9, 1),
+    "matmul GFLOP/s": round(peak / 1e9),
+    "reading weights alone, % of our time": round(100 * reading / took, 1),
+    "matmuls alone, % of our time": round(100 * computing / took, 1),
+  }
+
+
+def sharing(model: llama.Llama) -> dict[str, Any]:
+  """Milliseconds for a sample of 64 tokens as a prompt of 512 has 1, 2, 4 and 8 of them."""
+  rng, count = np.random.default_rng(0), _PROMPTS.value or 16
+  prompts = [tuple(rng.integers(3, VOCAB, 512).tolist()) for _ in range(count)]
+  works = {n: peers.Work(prompts, np.full((count, n), _MEDIAN.value or 64)) for n in (1, 2, 4, 8)}
+  for work in works.values():
+    ours(model, work, _SLOTS.value)
+  took: dict[int, list[float]] = {n: [] for n in works}
+  for _ in range(_ROUNDS.value):
+    for n, work in works.items():
+      took[n].append(ours(model, work, _SLOTS.value)[0])
+  cost = {n: 1000 * statistics.median(times) / count / n for n, times in took.items()}
+  # A sample costs decoding and its part of the prompt: cost(N) = decode + prompt / N, from N = 1 and 8.
+  prompt = (cost[1] - cost[8]) / (1 - 1 / 8)
+  print("samples of a prompt  ms a sample  expected")
+  for n, value in cost.items():
+    print(f"{n:>19}  {value:>11.1f}  {cost[1] - prompt * (1 - 1 / n):>8.1f}")
+  return {f"ms a sample, N = {n}": round(value, 1) for n, value in cost.items()} | {"prompts": count}
+
+
+def main(_: list[str]) -> None:
+  """Measures, and prints."""
+  devices = mesh.make_mesh(data=-1, fsdp=1)
+  if _WORKLOAD.value == "sharing" or _MODEL.value in ("1b", "7b"):
+    _PEERS.value = []
+  with jax.set_mesh(devices), tempfile.TemporaryDirectory() as folder:
+    model, theirs = models(folder)
+    found = sharing(model) if _WORKLOAD.value == "sharing" else compare(model, theirs, folder)
+  versions = {"jax": jax.__version__}
+  if theirs is not None:
+    import torch
+    import transformers
+
+    versions |= {"torch": torch.__version__, "transformers": transformers.__version__}
+  head = {"workload": _WORKLOAD.value, "model": _MODEL.value}
+  found = head | found | {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "versions": versions}
   width = max(map(len, found))
   print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
   print(json.dumps(found))
