@@ -1,6 +1,6 @@
 """Models as artifacts: weights, tokenizer and golden encodings in one folder, checked when they are loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import json
@@ -10,7 +10,18 @@ from flax import nnx
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, attention, checkpoint, distributed, llama, mesh as mesh_lib, rollout, tokenizer
+from srlm_jax import (
+  artifacts,
+  attention,
+  checkpoint,
+  distributed,
+  generator,
+  llama,
+  mesh as mesh_lib,
+  rollout,
+  sampling,
+  tokenizer,
+)
 
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
@@ -82,7 +93,16 @@ def _cast(model: llama.Llama, dtype: str) -> llama.Llama:
 
 
 def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:
-  """A model that answers and judges, on the mesh of sampling.
+  """A model that answers and judges, on the mesh of sampling."""
+  words = load_tokenizer(artifact)
+  engine = _generators(artifact, settings, mesh, words.eos_id)
+  return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)
+
+
+def _generators(
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, eos_id: int
+) -> Callable[[sampling.Sampling, int], generator.Generator]:
+  """Gives generators of one model.
 
   It is read and cast where it takes least room, in parts on the mesh of training: all processes together read it once,
   and no device ever holds more than its part of the stored weights and of the used ones.
@@ -94,14 +114,8 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
       model = _cast(model, settings.model.dtype)
     if mesh != training:
       model = mesh_lib.moved(model, mesh)
-  return rollout.Speaker(
-    model=model,
-    tokenizer=load_tokenizer(artifact),
-    chat_kind=settings.chat,
-    rows=settings.generation.rows,
-    seed=settings.seed,
-    max_length=settings.model.max_length,
-  )
+  rows, seed = settings.generation.rows, settings.seed
+  return lambda how, limit: generator.Generator(model, eos_id, how, rows, limit, seed)
 
 
 def same_tokenizer(artifact: artifacts.Artifact, words: tokenizer.Tokenizer) -> None:

@@ -1,15 +1,33 @@
 """The two skills of a model as functions of texts: answering instructions and judging answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import statistics
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from srlm_jax import chat, generator, llama, records, sampling, templates
+from srlm_jax import chat, generator, records, sampling, templates
 from srlm_jax.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+  """What continues prompts: a `generator.Generator` here."""
+
+  @property
+  def max_prompt(self) -> int:
+    """The longest prompt in tokens, for the caller to hold."""
+
+  def generate(
+    self, requests: Sequence[generator.Request]
+  ) -> Iterator[tuple[generator.Request, list[generator.Completion]]]:
+    """Yields each request with its completions, in an order of its own."""
+
+  def option_probs(
+    self, requests: Sequence[generator.Request], options: Sequence[int]
+  ) -> Iterator[tuple[generator.Request, np.ndarray]]:
+    """Yields each request with float32 [options]: how its next token's probability is divided among the options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,27 +35,23 @@ class Speaker:
   """A model with all that turns texts into its tokens and back.
 
   Attributes:
-    model: the weights.
-    tokenizer: its tokenizer.
+    engine: gives what continues prompts, for sampling parameters and a longest prompt.
+    tokenizer: the model's.
     chat_kind: the chat template that training used, too.
-    rows: continuations decoded at once.
-    seed: of all draws.
     max_length: longest prompt and continuation together, in tokens.
   """
 
-  model: llama.Llama
+  engine: Callable[[sampling.Sampling, int], Engine]
   tokenizer: Tokenizer
   chat_kind: str
-  rows: int
-  seed: int
   max_length: int
 
-  def generator(self, how: sampling.Sampling) -> generator.Generator:
-    """A generator with these sampling parameters."""
+  def generator(self, how: sampling.Sampling) -> Engine:
+    """An engine with these sampling parameters, for prompts that leave room for a continuation."""
     limit = self.max_length - how.max_new
     if limit < 32:
       raise ValueError(f"max_new {how.max_new} leaves {limit} of {self.max_length} tokens for the prompt: lower it.")
-    return generator.Generator(self.model, self.tokenizer.eos_id, how, self.rows, limit, self.seed)
+    return self.engine(how, limit)
 
   def chat(self, text: str) -> tuple[int, ...]:
     """The prompt tokens of an instruction in the chat template."""
@@ -146,8 +160,10 @@ def judge(speaker: Speaker, candidates: Sequence[Candidate], judging: Judging) -
     name = f"judge {judging.rubric.digest} {candidate.prompt_id} {candidate.sample}"
     requests.append(generator.Request(name, tokens, judging.votes))
   fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
-  votes = _expected if judging.method == "expected" else _sampled
-  by_name = votes(speaker, engine, fitting, judging.rubric)
+  if judging.method == "expected":
+    by_name = _expected(speaker, judging.how, fitting, judging.rubric)
+  else:
+    by_name = _sampled(speaker, engine, fitting, judging.rubric)
   too_long = [records.Vote(text="", score=None, reason="too_long")] * judging.votes
   return [
     tally(candidate, by_name.get(request.name, too_long), judging.min_votes)
@@ -156,7 +172,7 @@ def judge(speaker: Speaker, candidates: Sequence[Candidate], judging: Judging) -
 
 
 def _sampled(
-  speaker: Speaker, engine: generator.Generator, requests: Sequence[generator.Request], rubric: templates.Rubric
+  speaker: Speaker, engine: Engine, requests: Sequence[generator.Request], rubric: templates.Rubric
 ) -> dict[str, list[records.Vote]]:
   return {
     request.name: [
@@ -167,12 +183,12 @@ def _sampled(
 
 
 def _expected(
-  speaker: Speaker, engine: generator.Generator, requests: Sequence[generator.Request], rubric: templates.Rubric
+  speaker: Speaker, how: sampling.Sampling, requests: Sequence[generator.Request], rubric: templates.Rubric
 ) -> dict[str, list[records.Vote]]:
   head, options = score_options(speaker.tokenizer, rubric)
   # Room for the head is part of max_new, which is larger than it.
   longer = [dataclasses.replace(request, tokens=request.tokens + head, samples=1) for request in requests]
-  engine = dataclasses.replace(engine, max_prompt=engine.max_prompt + len(head))
+  engine = speaker.engine(how, speaker.max_length - how.max_new + len(head))
   found = {}
   for request, probs in engine.option_probs(longer, list(options)):
     weights, scores = np.asarray(probs, np.float64), np.asarray(list(options.values()), np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, checkpoint, config, modelstore, tokenizer
+from srlm_jax import artifacts, checkpoint, config, modelstore, sampling, tokenizer
 
 
 @pytest.fixture
@@ -26,16 +26,18 @@ def test_a_saved_model_comes_back(saved: artifacts.Artifact) -> None:
   c = config.base()
   c.generation.rows, c.model.max_length, c.model.dtype = 12, 100, "float32"
   speaker = modelstore.speaker(saved, c, tiny_model.one_device())
-  for found, wanted in zip(jax.tree.leaves(speaker.model), jax.tree.leaves(tiny_model.model()), strict=True):
+  engine = speaker.generator(sampling.Sampling(max_new=40))
+  for found, wanted in zip(jax.tree.leaves(engine.model), jax.tree.leaves(tiny_model.model()), strict=True):
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
   assert speaker.tokenizer.digest == tiny_model.words().digest
-  assert (speaker.chat_kind, speaker.rows, speaker.seed, speaker.max_length) == ("llama2", 12, 0, 100)
+  assert (speaker.chat_kind, speaker.max_length) == ("llama2", 100)
+  assert (engine.rows, engine.seed, engine.max_prompt, engine.eos_id) == (12, 0, 60, tiny_model.words().eos_id)
   assert speaker.tokenizer.golden() == tiny_model.words().golden()
 
 
 def test_a_speaker_has_its_kernels_in_the_compute_type_and_its_norms_whole(saved: artifacts.Artifact) -> None:
   c = config.base()
-  model = modelstore.speaker(saved, c, tiny_model.one_device()).model
+  model = modelstore.speaker(saved, c, tiny_model.one_device()).generator(sampling.Sampling()).model
   assert {str(leaf.dtype) for leaf in (model.embedding[...], model.layers.gate[...])} == {"bfloat16"}
   assert {str(leaf.dtype) for leaf in (model.norm[...], model.layers.ffw_norm[...])} == {"float32"}
 

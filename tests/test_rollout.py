@@ -1,7 +1,5 @@
 """Answering and judging: nobody grades themselves, and what cannot be read is no score."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +119,7 @@ def test_a_prompt_that_is_too_long_has_no_answer() -> None:
 
 
 def test_no_room_for_a_prompt_is_an_error() -> None:
-  speaker = rollout.Speaker(None, tiny_model.words(), "llama2", 8, 0, 64)
+  speaker = tiny_model.actor(lambda prompt, sample: "owl", max_length=64)
   with pytest.raises(ValueError, match="max_new 40 leaves 24 of 64 tokens for the prompt: lower it"):
     speaker.generator(HOW)
 
@@ -140,7 +138,7 @@ def test_judging_is_the_configuration_s() -> None:
 @pytest.fixture(scope="module")
 def real() -> rollout.Speaker:
   """A random model: what it says means nothing, but all of the way to it is the real one."""
-  return rollout.Speaker(tiny_model.model(3), tiny_model.words(), "llama2", 8, 0, 128)
+  return tiny_model.speaker(tiny_model.model(3))
 
 
 def test_a_text_depends_on_its_prompt_and_sample_alone(real: rollout.Speaker) -> None:
@@ -149,9 +147,10 @@ def test_a_text_depends_on_its_prompt_and_sample_alone(real: rollout.Speaker) ->
   found = rollout.answer(real, prompts, 2, how)
   alone = rollout.answer(real, prompts[3:4], 2, how)
   assert found[6:8] == alone and len({one.tokens for one in found}) == 10
-  moved = rollout.answer(dataclasses.replace(real, rows=4, seed=0), prompts[::-1], 2, how)
+  model = tiny_model.model(3)
+  moved = rollout.answer(tiny_model.speaker(model, rows=4), prompts[::-1], 2, how)
   assert sorted(moved, key=lambda one: one.prompt_id + str(one.sample)) == found
-  assert rollout.answer(dataclasses.replace(real, seed=1), prompts[3:4], 2, how) != alone
+  assert rollout.answer(tiny_model.speaker(model, seed=1), prompts[3:4], 2, how) != alone
   for one in found:
     assert one.finished == (one.tokens[-1] == real.tokenizer.eos_id)
     assert one.finished or len(one.tokens) == 12
@@ -163,8 +162,9 @@ def test_an_expected_score_is_the_digits_weighted_mean(real: rollout.Speaker) ->
   words = real.tokenizer
   prompt = [*real.chat(RUBRIC.fill(one.instruction, one.response))]
   tokens = jnp.asarray([prompt + words.encode("Score: 0")[:-1]])
-  hidden = real.model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
-  probs = np.asarray(jax.nn.softmax(real.model.logits(hidden[0, -1])), np.float64)
+  model = tiny_model.model(3)
+  hidden = model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+  probs = np.asarray(jax.nn.softmax(model.logits(hidden[0, -1])), np.float64)
   digits = [words.encode(f"Score: {score}")[-1] for score in range(6)]
   weights = probs[digits] / probs[digits].sum()
   assert found.score == pytest.approx(weights @ np.arange(6), abs=1e-4)

@@ -190,7 +190,7 @@ def test_a_missing_reference_is_an_error(tmp_path: epath.Path) -> None:
 def test_training_and_generation_use_one_chat_template(kind: str) -> None:
   words, text = tiny_model.words(), " Name a </s> bird. [/INST]\n"
   wanted = tuple(chat.chat_tokens(words, text, kind))
-  speaker = tiny_model.Actor(None, words, kind, 8, 0, 400, lambda *_: "owl", [])
+  speaker = tiny_model.actor(lambda *_: "owl", chat_kind=kind)
   (row,), _ = finetune.tokenize([records.SFTExample(id="", kind="ift", prompt=text, response="owl")], words, kind, 200)
   both = [
     records.Response(prompt_id="p", prompt=text, sample=sample, text="owl", tokens=(5, 2), finished=True)

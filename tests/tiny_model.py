@@ -67,19 +67,22 @@ Script = Callable[[str, int], str | None]  # (prompt, sample) → what is writte
 
 @dataclasses.dataclass(frozen=True)
 class _Engine:
-  speaker: "Actor"
+  """Says what a script says, in place of a model."""
+
+  script: "Script"
+  asked: list[str]
   max_prompt: int
 
   def generate(
     self, requests: Sequence[generator.Request]
   ) -> Iterator[tuple[generator.Request, list[generator.Completion]]]:
     """Last request first: nobody may rely on the order."""
-    encode, eos = self.speaker.tokenizer.encode, self.speaker.tokenizer.eos_id
+    encode, eos = words().encode, words().eos_id
     for request in reversed(requests):
       assert len(request.tokens) <= self.max_prompt
-      prompt = self.speaker.tokenizer.decode(request.tokens)
-      self.speaker.asked.append(prompt)
-      texts = [self.speaker.script(prompt, sample) for sample in range(request.samples)]
+      prompt = words().decode(request.tokens)
+      self.asked.append(prompt)
+      texts = [self.script(prompt, sample) for sample in range(request.samples)]
       cut = tuple(encode("[[A]] at first sight.\nScore: 5"))
       whole = [None if text is None else (*encode(text), eos) for text in texts]
       yield request, [generator.Completion(cut if ids is None else ids, ids is not None) for ids in whole]
@@ -89,14 +92,19 @@ class _Engine:
 class Actor(rollout.Speaker):
   """A speaker who says what its script says; `asked` collects the prompts."""
 
-  script: Script
   asked: list[str]
 
-  def generator(self, how: sampling.Sampling) -> _Engine:
-    """The script in place of a model."""
-    return _Engine(self, self.max_length - how.max_new)
 
-
-def actor(script: Script, max_length: int = 400) -> Actor:
+def actor(script: Script, max_length: int = 400, chat_kind: str = "llama2") -> Actor:
   """A speaker without a model."""
-  return Actor(None, words(), "llama2", 8, 0, max_length, script, [])
+  asked: list[str] = []
+  return Actor(lambda how, limit: _Engine(script, asked, limit), words(), chat_kind, max_length, asked)
+
+
+def speaker(weights: llama.Llama, rows: int = 8, seed: int = 0, max_length: int = 128) -> rollout.Speaker:
+  """A speaker with a model."""
+
+  def engine(how: sampling.Sampling, limit: int) -> generator.Generator:
+    return generator.Generator(weights, words().eos_id, how, rows, limit, seed)
+
+  return rollout.Speaker(engine, words(), "llama2", max_length)
