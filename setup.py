@@ -29,6 +29,8 @@ CORE = [
   "transformers>=5.23,<6",
 ]
 
+OPENAI = "openai>=3.57,<4"
+
 EXTRAS = {
   # Accelerators: at most one of them, beside the core.
   "tpu": ["jax[tpu]"],
@@ -37,12 +39,12 @@ EXTRAS = {
   # Storage and reporting.
   "gcs": ["gcsfs>=2026.9"],
   "report": ["tensorboardX>=2.6.5,<3"],
-  # Judges behind an OpenAI-compatible port, and the outside evaluations.
-  "judge": ["openai>=3.54,<4", "tenacity>=9.2.1,<10"],
+  # Rollouts from an OpenAI-compatible server, and the outside evaluations.
+  "server": [OPENAI],
   "eval": ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5"],
   # Development.
   "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
-  "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
+  "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
   "torch": ["torch==2.13.0"],  # For the parity tests alone; without it they compare with golden files.
 }
 
