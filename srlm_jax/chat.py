@@ -68,12 +68,12 @@ def _around(tokenizer: Tokenizer, before: str, text: str, after: str) -> list[in
     before, text = before[:-1], " " + text
   return [
     *tokenizer.encode_trusted(before),
-    *_going_on(tokenizer, text, trusted=False, first=not before),
-    *_going_on(tokenizer, after, trusted=True),
+    *going_on(tokenizer, text, trusted=False, first=not before),
+    *going_on(tokenizer, after, trusted=True),
   ]
 
 
-def _going_on(tokenizer: Tokenizer, text: str, trusted: bool, first: bool = False) -> list[int]:
+def going_on(tokenizer: Tokenizer, text: str, trusted: bool, first: bool = False) -> list[int]:
   """Ids of a text that stands behind another one, or is the `first` one: only then the tokenizer may add a space."""
   encode = tokenizer.encode_trusted if trusted else tokenizer.encode
   if first or not tokenizer.adds_space:

@@ -97,6 +97,15 @@ def base() -> config_dict.ConfigDict:
     mesh=dict(data=-1, fsdp=1, tensor=0),
   )
 
+  # An OpenAI-compatible server, vLLM say, in place of our own sampler; a key is read from OPENAI_API_KEY alone.
+  c.server = dict(
+    url="",  # http://HOST:PORT; of several, with commas between, the one that serves the model is asked.
+    model="",  # "": the name that `srlm export` shows, which says which weights answer; nothing shows it for another.
+    concurrency=32,  # Requests of each process on their way at once, each of all samples of a prompt.
+    retries=5,  # Of a request that got no answer, or status 408, 409, 429 or 5xx; ever later, or when Retry-After says.
+    timeout=600.0,  # Seconds of one try.
+  )
+
   c.evaluate = dict(
     samples=1,  # unstated: answers to each prompt.
     sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),

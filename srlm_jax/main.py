@@ -18,7 +18,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, slices, steps
+from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, server, slices, steps
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -144,6 +144,8 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   model = modelstore.load(made[name], settings, mesh)
   convert.export_hf(model, _absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
+  command = server.serve_command(folder, modelstore.served_name(made[name]))
+  logger.info("for --config.server.url it is served by: %s", command)
 
 
 def _absolute(folder: str) -> epath.Path:

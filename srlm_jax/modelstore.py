@@ -14,12 +14,14 @@ from srlm_jax import (
   artifacts,
   attention,
   checkpoint,
+  config as config_lib,
   distributed,
   generator,
   llama,
   mesh as mesh_lib,
   rollout,
   sampling,
+  server,
   tokenizer,
 )
 
@@ -92,10 +94,21 @@ def _cast(model: llama.Llama, dtype: str) -> llama.Llama:
   return jax.tree.map(one, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
+def served_name(artifact: artifacts.Artifact) -> str:
+  """The name by which a server serves the model: that its weights are the artifact's, and no older ones, is in it."""
+  return f"{artifact.name}-{artifact.digest()[:12]}"
+
+
 def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> rollout.Speaker:
-  """A model that answers and judges, on the mesh of sampling."""
+  """A model that answers and judges: on the mesh of sampling, or, with `settings.server.url`, in a server."""
   words = load_tokenizer(artifact)
-  engine = _generators(artifact, settings, mesh, words.eos_id)
+  engine: Callable[[sampling.Sampling, int], rollout.Engine]
+  if settings.server.url:
+    service = config_lib.frozen(server.Service, settings.server)
+    rows = checkpoint.read_model_config(artifact.folder).vocab_size
+    engine = server.connect(service, served_name(artifact), words, rows, settings.seed)
+  else:
+    engine = _generators(artifact, settings, mesh, words.eos_id)
   return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)
 
 

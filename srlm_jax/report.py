@@ -31,7 +31,7 @@ UNSTATED = (
   *(f"{stage}.sampling.max_new" for stage in ("prompts", "responses", "judge", "evaluate")),
 )
 MACHINE = (
-  *("seed", "mesh.", "generation.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
+  *("seed", "mesh.", "generation.", "server.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),

@@ -13,7 +13,7 @@ from srlm_jax.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
-  """What continues prompts: a `generator.Generator` here."""
+  """What continues prompts: a `generator.Generator` here, or a `server.Server` elsewhere."""
 
   @property
   def max_prompt(self) -> int:

@@ -11,7 +11,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, mesh as mesh_lib, templates
+from srlm_jax import artifacts, chat, config as config_lib, mesh as mesh_lib, server, templates
 from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
@@ -160,6 +160,13 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge' or 'none'.")
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
+  if settings.server.url:
+    config_lib.frozen(server.Service, settings.server)  # Raises for what it cannot use.
+    if settings.judge.method == "expected":
+      raise ValueError(
+        "judge.method='expected' needs the probabilities of all scores, which a server does not give: set it to "
+        "'sampled', or server.url to ''."
+      )
 
 
 class _Plan:
@@ -167,7 +174,9 @@ class _Plan:
 
   def __init__(self, settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     self.settings, self.mesh, self.workdir = settings, mesh, workdir
-    self.sampling = sampling_mesh(settings, mesh)
+    # A server computes elsewhere: each process may ask it about shards of its own.
+    own = mesh_lib.make_mesh(devices=jax.local_devices()) if settings.server.url else None
+    self.sampling = own or sampling_mesh(settings, mesh)
     self.steps: list[Step] = []
     self.world = {"world": "world"} if settings.world.enabled else {}
     self.where = {name: resolve(settings.data[name], workdir) for name in DATA}
@@ -181,6 +190,8 @@ class _Plan:
       for setting, digest in self.read.items()
       if any(setting == key or setting.startswith(f"{key}.") for key in keys)
     }
+    if self.settings.server.url and stage in SAMPLING and (stage != "eft" or self.settings.eft.writer == "baseline"):
+      read["server"] = "yes"  # Its texts are others than our own sampler's.
     self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run, self.mesh_of(stage)))
 
   def mesh_of(self, stage: str) -> jax.sharding.Mesh:

@@ -12,8 +12,9 @@ from absl import app, flags, logging as absl_logging
 from absl.testing import flagsaver
 from etils import epath
 import pytest
+import tiny_model
 
-from srlm_jax import artifacts, config, main, steps, templates
+from srlm_jax import artifacts, config, main, modelstore, steps, templates
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f"{ROOT / 'configs' / 'tiny.py'}:smoke"
@@ -134,6 +135,22 @@ def test_the_content_of_a_file_is_part_of_the_configuration(tmp_path: pathlib.Pa
     *("seed", "eft", "aift1/judgements", "aift2/judgements"),
     *(f"eval/{name}" for name in ("baseline", "m1", "m2", "m3")),
   }
+
+
+def test_export_says_how_to_serve_the_model(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  saved = artifacts.Artifact(epath.Path(tmp_path / "m1"), {}, {})
+  saved.begin()
+  modelstore.save(saved, tiny_model.model(), tiny_model.words(), {})
+  monkeypatch.setattr(steps, "plan", lambda *_: [])
+  monkeypatch.setattr(steps, "artifacts_of", lambda *_: {"m1": saved})
+  caplog.set_level(logging.INFO, logger="srlm_jax")
+  main.export(config.base(), epath.Path(tmp_path), "m1", str(tmp_path / "out"))
+  name = f"m1-{saved.digest()[:12]}"
+  assert caplog.messages[-1].endswith(
+    f": vllm serve {tmp_path}/out --served-model-name {name} --generation-config vllm"
+  )
 
 
 def test_every_stage_is_listed_and_belongs_to_some_step() -> None:

@@ -1,0 +1,233 @@
+"""Rollouts from an OpenAI-compatible HTTP server, such as vLLM, that serves a model of the run.
+
+A prompt goes out as token ids, so that no template and no special token is put around it a second time, and the sampled
+ids come back where the server gives them, as vLLM does for `return_token_ids`. The server draws with generators of its
+own: its texts are not those of `generator`, and the seed repeats them only as far as its arithmetic is the same again.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+import dataclasses
+import functools
+import importlib.util
+import logging
+import os
+from typing import Any
+import urllib.parse
+
+import numpy as np
+import pydantic
+
+from srlm_jax import chat, distributed, sampling as sampling_lib
+from srlm_jax.generator import Completion, Request, row_key
+from srlm_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+KEY = "OPENAI_API_KEY"  # In the environment alone: a configuration is written down and shown.
+
+
+class _Choice(pydantic.BaseModel):
+  index: int
+  text: str
+  finish_reason: str
+  stop_reason: int | str | None = None  # This and the ids are vLLM's.
+  token_ids: list[int] | None = None
+  prompt_token_ids: list[int] | None = None
+
+
+class _Answer(pydantic.BaseModel):
+  """What is read of an answer: `data` of /v1/models, `choices` of /v1/completions."""
+
+  data: list[dict[str, Any]] = []
+  choices: list[_Choice] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+  """Where the servers are and how they are asked: the configuration's section `server`, which says more."""
+
+  url: str
+  model: str
+  concurrency: int
+  retries: int
+  timeout: float
+
+  def __post_init__(self) -> None:
+    if not importlib.util.find_spec("openai"):
+      raise ValueError("server.url needs the package openai, which is not installed: pip install -e '.[server]'.")
+    for parts in map(urllib.parse.urlsplit, self.urls):
+      if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:  # It may hold a password.
+        raise ValueError(f"server.url must be http://HOST:PORT, or several with commas between; a key goes into {KEY}.")
+    if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
+      found = f"server.concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}"
+      raise ValueError(f"{found}: they must be at least 1, at least 0, and above 0.")
+
+  @property
+  def urls(self) -> list[str]:
+    """Each server's address, with the /v1 that may be left out."""
+    return [f"{url.strip().rstrip('/').removesuffix('/v1')}/v1" for url in self.url.split(",")]
+
+  def client(self, url: str) -> Any:
+    """An openai.OpenAI, which retries after no answer, a time-out, or status 408, 409, 429 or 5xx."""
+    import openai  # An extra, which nothing else needs.
+
+    timeout = openai.Timeout(self.timeout, connect=min(self.timeout, 10.0))
+    key = os.environ.get(KEY) or "none"
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=self.retries, timeout=timeout)
+
+  def ask(self, url: str, call: Callable[[], Any]) -> _Answer:
+    """What a raw call of a client brings; ValueError, which never shows the key, where that is of no use."""
+    import openai
+
+    try:
+      return _Answer.model_validate_json(call().content)
+    except pydantic.ValidationError as error:
+      first = error.errors()[0]
+      raise _wrong(url, f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}") from None
+    except openai.APIStatusError as error:
+      said, remedy = error.message, "It will not take this another time either: see its log and its limits."
+      if error.status_code in (401, 403):
+        remedy = f"Give its key in the environment variable {KEY}."
+      elif error.status_code in (408, 409, 429) or error.status_code >= 500:
+        remedy = f"server.retries={self.retries} did not help: see its log, lower server.concurrency, and start again."
+    except openai.APIConnectionError as error:
+      said, remedy = error.message, f"server.retries={self.retries} did not help: is it there? And see server.timeout."
+    key = os.environ.get(KEY)  # A server may repeat what it was sent.
+    raise ValueError(f"{url}: {(said.replace(key, '…') if key else said)[:500]} {remedy}")
+
+
+def _wrong(url: str, what: str) -> ValueError:
+  return ValueError(f"{url} gave an answer that cannot be used: {what}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+  """Asks one served model for many continuations, in place of a `generator.Generator`. Made by `connect`.
+
+  Attributes:
+    service, url, model: how it is asked, where it is, and its name there.
+    words, vocab_size: the model's tokenizer, and the rows of its embedding.
+    sampling: temperature, top-p and the longest continuation.
+    max_prompt: longest prompt in tokens, for the caller to hold.
+    seed: of all draws.
+    counts: is added to: "texts", and those of them "without_ids".
+  """
+
+  service: Service
+  url: str
+  model: str
+  words: Tokenizer
+  vocab_size: int
+  sampling: sampling_lib.Sampling
+  max_prompt: int
+  seed: int
+  counts: Counter[str]
+
+  def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, list[Completion]]]:
+    """Yields each request with its completions, as they come; ValueError at the first that cannot be had."""
+    warned = self.counts["without_ids"] > 0
+    client, pool = self.service.client(self.url), futures.ThreadPoolExecutor(self.service.concurrency)
+    try:
+      asked = {pool.submit(self._ask, client, request): request for request in requests}
+      for future in futures.as_completed(asked):
+        completions, counts = future.result()
+        self.counts.update(counts)
+        distributed.progress(f"generation: {asked[future].name}")
+        yield asked[future], completions
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)  # After an error what is on its way is of no use.
+      client.close()
+    if self.counts["without_ids"] and not warned:
+      logger.warning(
+        "%s gave %d of %d texts without token ids: they are encoded again, and DPO trains on ids that were not sampled",
+        *(self.url, self.counts["without_ids"], self.counts["texts"]),
+      )
+
+  def option_probs(self, requests: Sequence[Request], options: Sequence[int]) -> Iterator[tuple[Request, np.ndarray]]:
+    """ValueError: a server shows the probabilities of the likeliest tokens alone."""
+    raise ValueError("a server does not give the probabilities of all scores: judge.method='sampled' needs none.")
+
+  def _ask(self, client: Any, request: Request) -> tuple[list[Completion], Counter[str]]:
+    """The completions of a request, and what they add to the counts."""
+    how = self.sampling
+    limits = [min(limit, how.max_new) for limit in request.longest or [how.max_new] * request.samples]
+    count = 1 if how.temperature == 0 else request.samples  # vLLM refuses to write the one greedy text several times.
+    extra = {"return_token_ids": True, "stop_token_ids": [self.words.eos_id]}
+    extra |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # Or generation_config.json would say.
+    call = functools.partial(
+      client.completions.with_raw_response.create,
+      model=self.model,
+      prompt=list(request.tokens),
+      n=count,
+      temperature=how.temperature,
+      top_p=how.top_p,
+      max_tokens=max(limits),
+      seed=int(row_key(self.seed, request.name, 0)[0]) >> 1,  # 31 bits; vLLM adds the sample's number.
+      extra_body=extra,
+    )
+    choices = sorted(self.service.ask(self.url, call).choices, key=lambda choice: choice.index)
+    if [choice.index for choice in choices] != list(range(count)):
+      raise _wrong(self.url, f"{len(choices)} choices where {count} were asked for")
+    without_ids = sum(choice.token_ids is None for choice in choices)
+    if without_ids not in (0, count):
+      raise _wrong(self.url, f"{without_ids} of {count} choices without token_ids")
+    texts = [self._ids(choice, request, max(limits)) for choice in choices] * (request.samples // count)
+    cut = [tuple(ids[:limit]) for ids, limit in zip(texts, limits, strict=True)]  # As if it had been its own limit.
+    counts = Counter(texts=len(cut), without_ids=len(cut) if without_ids else 0)
+    return [Completion(ids, ids[-1:] == (self.words.eos_id,)) for ids in cut], counts
+
+  def _ids(self, choice: _Choice, request: Request, longest: int) -> list[int]:
+    """The sampled ids of a choice; of a text that ended by itself with the end token, which not all servers give."""
+    eos, ended, ids = self.words.eos_id, choice.finish_reason == "stop", choice.token_ids
+    if choice.finish_reason not in ("stop", "length"):
+      raise _wrong(self.url, f"finish_reason {choice.finish_reason!r}")
+    if ids is None:
+      return [*chat.going_on(self.words, choice.text, trusted=False), *([eos] if ended else [])]
+    if choice.prompt_token_ids not in (None, list(request.tokens)):
+      raise _wrong(self.url, f"the prompt that it continued is not the one that it was sent, {request.name!r}")
+    if ended and ids[-1:] != [eos]:
+      if isinstance(choice.stop_reason, int) and choice.stop_reason != eos:  # One that our own sampler goes on behind.
+        remedy = f"leave {eos} alone as eos_token_id in config.json and generation_config.json of the served folder"
+        raise _wrong(self.url, f"a text ended with {choice.stop_reason}, the end token is {eos}; {remedy}")
+      ids = [*ids, eos]
+    if eos in ids[:-1] or not all(0 <= token < self.vocab_size for token in ids):
+      raise _wrong(self.url, f"token_ids behind the end token {eos}, or outside 0 … {self.vocab_size - 1}")
+    if ids[-1:] != [eos] and len(ids) < longest:
+      remedy = "raise --max-model-len, and start it with --generation-config vllm"
+      raise _wrong(self.url, f"a text was cut after {len(ids)} tokens, {longest} were asked for; {remedy}")
+    return ids
+
+
+def serve_command(folder: str, name: str) -> str:
+  """Starts vLLM on an exported model, without defaults of sampling from its folder."""
+  return f"vllm serve {folder} --served-model-name {name} --generation-config vllm"
+
+
+def connect(
+  service: Service, wanted: str, words: Tokenizer, vocab_size: int, seed: int
+) -> Callable[[sampling_lib.Sampling, int], Server]:
+  """Looks for the server of a model; gives what makes a Server of sampling parameters and the longest prompt.
+
+  `wanted` is the name that says which weights answer (`modelstore.served_name`); service.model goes before it.
+  ValueError where no server has it, with what they serve and the commands that start one.
+  """
+  name, counts, found = service.model or wanted, Counter[str](), []
+  if service.model:
+    logger.warning("server.model=%s answers for %s: nothing shows that it is the same model", service.model, wanted)
+  for url in service.urls:
+    try:
+      with service.client(url) as client:
+        served = [str(one.get("id")) for one in service.ask(url, client.models.with_raw_response.list).data]
+    except ValueError as error:
+      found.append(f"  {error}\n")
+      continue
+    if name in served:
+      return lambda how, limit: Server(service, url, name, words, vocab_size, how, limit, seed, counts)
+    found.append(f"  {url} serves {', '.join(served) or 'nothing'}\n")
+  export = f"srlm export --config=… --workdir=… --model={wanted.rpartition('-')[0]} --out=FOLDER"
+  raise ValueError(
+    f"no server of server.url serves {name}:\n{''.join(found)}Two commands start one:\n"
+    f"  {export}\n  {serve_command('FOLDER', wanted)}"
+  )
