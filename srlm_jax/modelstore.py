@@ -108,12 +108,12 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
     rows = checkpoint.read_model_config(artifact.folder).vocab_size
     engine = server.connect(service, served_name(artifact), words, rows, settings.seed)
   else:
-    engine = _generators(artifact, settings, mesh, words.eos_id)
+    engine = _generators(artifact, settings, mesh, words)
   return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)
 
 
 def _generators(
-  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, eos_id: int
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
 ) -> Callable[[sampling.Sampling, int], generator.Generator]:
   """Gives generators of one model.
 
@@ -128,7 +128,7 @@ def _generators(
     if mesh != training:
       model = mesh_lib.moved(model, mesh)
   rows, seed = settings.generation.rows, settings.seed
-  return lambda how, limit: generator.Generator(model, eos_id, how, rows, limit, seed)
+  return lambda how, limit: generator.Generator(model, words.eos_id, how, rows, limit, seed, words.decode)
 
 
 def same_tokenizer(artifact: artifacts.Artifact, words: tokenizer.Tokenizer) -> None:

@@ -156,6 +156,7 @@ class Server:
     count = 1 if how.temperature == 0 else request.samples  # vLLM refuses to write the one greedy text several times.
     extra = {"return_token_ids": True, "stop_token_ids": [self.words.eos_id]}
     extra |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # Or generation_config.json would say.
+    stop = {"stop": list(how.stop), "include_stop_str_in_output": True} if how.stop else {}
     call = functools.partial(
       client.completions.with_raw_response.create,
       model=self.model,
@@ -165,7 +166,7 @@ class Server:
       top_p=how.top_p,
       max_tokens=max(limits),
       seed=int(row_key(self.seed, request.name, 0)[0]) >> 1,  # 31 bits; vLLM adds the sample's number.
-      extra_body=extra,
+      extra_body=extra | stop,
     )
     choices = sorted(self.service.ask(self.url, call).choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(count)):
@@ -174,27 +175,38 @@ class Server:
     if without_ids not in (0, count):
       raise _wrong(self.url, f"{without_ids} of {count} choices without token_ids")
     texts = [self._ids(choice, request, max(limits)) for choice in choices] * (request.samples // count)
-    cut = [tuple(ids[:limit]) for ids, limit in zip(texts, limits, strict=True)]  # As if it had been its own limit.
-    counts = Counter(texts=len(cut), without_ids=len(cut) if without_ids else 0)
-    return [Completion(ids, ids[-1:] == (self.words.eos_id,)) for ids in cut], counts
+    counts = Counter(texts=len(texts), without_ids=len(texts) if without_ids else 0)
+    return [self._cut(ids[:limit]) for ids, limit in zip(texts, limits, strict=True)], counts
+
+  def _cut(self, ids: list[int]) -> Completion:
+    """A text that ends, as our own sampler's does, with the end token or the token that completes a stop string."""
+
+    def stopped(count: int) -> bool:
+      text = self.words.decode(ids[:count])
+      return any(string in text for string in self.sampling.stop)
+
+    if self.sampling.stop and stopped(len(ids)):
+      return Completion(tuple(ids[: next(filter(stopped, range(1, len(ids) + 1)))]), True)
+    return Completion(tuple(ids), ids[-1:] == [self.words.eos_id])
 
   def _ids(self, choice: _Choice, request: Request, longest: int) -> list[int]:
     """The sampled ids of a choice; of a text that ended by itself with the end token, which not all servers give."""
-    eos, ended, ids = self.words.eos_id, choice.finish_reason == "stop", choice.token_ids
+    eos, ids, ended = self.words.eos_id, choice.token_ids, choice.finish_reason == "stop"
+    at_string = isinstance(choice.stop_reason, str)
     if choice.finish_reason not in ("stop", "length"):
       raise _wrong(self.url, f"finish_reason {choice.finish_reason!r}")
     if ids is None:
-      return [*chat.going_on(self.words, choice.text, trusted=False), *([eos] if ended else [])]
+      return [*chat.going_on(self.words, choice.text, trusted=False), *([eos] if ended and not at_string else [])]
     if choice.prompt_token_ids not in (None, list(request.tokens)):
       raise _wrong(self.url, f"the prompt that it continued is not the one that it was sent, {request.name!r}")
-    if ended and ids[-1:] != [eos]:
+    if ended and not at_string and ids[-1:] != [eos]:
       if isinstance(choice.stop_reason, int) and choice.stop_reason != eos:  # One that our own sampler goes on behind.
         remedy = f"leave {eos} alone as eos_token_id in config.json and generation_config.json of the served folder"
         raise _wrong(self.url, f"a text ended with {choice.stop_reason}, the end token is {eos}; {remedy}")
       ids = [*ids, eos]
     if eos in ids[:-1] or not all(0 <= token < self.vocab_size for token in ids):
       raise _wrong(self.url, f"token_ids behind the end token {eos}, or outside 0 … {self.vocab_size - 1}")
-    if ids[-1:] != [eos] and len(ids) < longest:
+    if not ended and ids[-1:] != [eos] and len(ids) < longest:
       remedy = "raise --max-model-len, and start it with --generation-config vllm"
       raise _wrong(self.url, f"a text was cut after {len(ids)} tokens, {longest} were asked for; {remedy}")
     return ids

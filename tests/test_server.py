@@ -186,6 +186,25 @@ def test_the_greedy_text_is_asked_for_once(serve: Serve) -> None:
   assert loopback.asked[0][0]["n"] == 1 and len(found) == 3 and len(set(found)) == 1
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_stop_string_ends_a_text_with_the_token_that_completes_it(serve: Serve, ids: bool) -> None:
+  """As `generator` has it; what vLLM drew behind it in the same step goes."""
+  said = [WORDS.encode("owl. Score: 4. A fox."), [*WORDS.encode("owl"), EOS], WORDS.encode(" ".join(["owl"] * 20))]
+
+  def reply(body: dict[str, Any]) -> Reply:
+    assert (body["stop"], body["include_stop_str_in_output"]) == (["4.", "?"], True)
+    status, headers, answer = vllm(body, lambda prompt, sample, body: said[sample], ids)
+    answer["choices"][0] |= {"finish_reason": "stop", "stop_reason": "4."}
+    return status, headers, answer
+
+  how = sampling.Sampling(1.0, 1.0, 12, ("4.", "?"))
+  said[0] = said[0][:12]
+  first, second, third = asked(engine(serve(reply), how), request("a", 3))["a"]
+  assert WORDS.decode(first.tokens).strip() == "owl. Score: 4." and first.finished and EOS not in first.tokens
+  assert (second.tokens, second.finished) == (tuple(said[1]), True)
+  assert (third.tokens, third.finished) == (tuple(said[2][:12]), False)
+
+
 @pytest.mark.parametrize(("finish", "stop_reason"), [("stop", None), ("stop", EOS), ("length", None)])
 def test_a_finished_text_has_one_end_token(serve: Serve, finish: str, stop_reason: int | None) -> None:
   """Left out of the ids, or there, also where an older vLLM calls it the length."""

@@ -105,6 +105,6 @@ def speaker(weights: llama.Llama, rows: int = 8, seed: int = 0, max_length: int 
   """A speaker with a model."""
 
   def engine(how: sampling.Sampling, limit: int) -> generator.Generator:
-    return generator.Generator(weights, words().eos_id, how, rows, limit, seed)
+    return generator.Generator(weights, words().eos_id, how, rows, limit, seed, words().decode)
 
   return rollout.Speaker(engine, words(), "llama2", max_length)
