@@ -112,6 +112,17 @@ def judging_table(measured: Measured) -> Table:
   return Table("judging", "Agreement with people's ranks", columns, tuple(rows), DEFINITIONS, paper=places)
 
 
+def expected_table(measured: Measured) -> Table:
+  """The reward-model metrics of scores from the probabilities of the digits, beside those of sampled votes."""
+  rows = []
+  for metric, (title, digits) in METRICS.items():
+    for how, facts_of in (("sampled votes", "judge"), ("expected score", "expected")):
+      ours = [tables.estimate(facts[facts_of]["metrics"][metric], digits) for facts in measured.values()]
+      rows.append(tables.row(f"{title}, {how}", *ours))
+  columns = ("", *(label(name) for name in measured))
+  return Table("expected", "Two ways to score: sampled votes, and the digits' probabilities", columns, tuple(rows))
+
+
 def votes_table(measured: Measured) -> Table:
   """How many votes on held-out replies were readable, and why the others were not."""
   reasons = sorted({reason for facts in measured.values() for reason in facts["judge"]["votes"]} - {"readable"})

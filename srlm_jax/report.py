@@ -239,7 +239,10 @@ def _judging(measured: findings.Measured) -> Section:
     else ()
   )
   found = (findings.judging_table(measured), findings.votes_table(measured)) if measured else ()
-  return Section("judging", "Judging", "Each model scores held-out replies that people have ranked.", found, drawn)
+  both = {name: facts for name, facts in measured.items() if "expected" in facts}
+  beside = (findings.expected_table(both),) if both else ()
+  text = "Each model scores held-out replies that people have ranked."
+  return Section("judging", "Judging", text, (*found, *beside), drawn)
 
 
 def _training(finished: Finished) -> Section:

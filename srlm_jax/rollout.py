@@ -110,6 +110,11 @@ def judging(section: Mapping[str, Any]) -> Judging:
   return Judging(rubric, section["votes"], section["min_votes"], how, section["method"])
 
 
+def expected(judging: Judging) -> Judging:
+  """The same judging by expected scores."""
+  return dataclasses.replace(judging, votes=1, min_votes=1, method="expected")
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
   """A response to be judged; (prompt_id, sample) names it."""

@@ -33,6 +33,7 @@ def evaluation(score: float, pairwise: tuple[float, float, float], duels: Mappin
       "votes": {"readable": 5, "no_score": 1},
       "histogram": {"centres": [n / 3 for n in range(16)], "counts": [1] * 16, "unreadable": 0},
     },
+    "expected": {"metrics": judged | {"pairwise": estimate(*(min(one + 0.01, 1) for one in pairwise))}},
     "oracle": {"score": estimate(score, score - 0.1, score + 0.1), "perfect": estimate(0.5), "content": estimate(0.75)},
     **({"duels": duels} if duels else {}),
   }

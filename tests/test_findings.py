@@ -29,3 +29,12 @@ def test_a_judge_without_readable_votes_is_no_zero() -> None:
   assert findings.summary(measured) == [
     "As judges, pairwise accuracy: SFT baseline none (no pair of readable votes), M1 80.0 %."
   ]
+
+
+def test_expected_scores_stand_beside_sampled_votes() -> None:
+  measured = {name: made_run.evaluation(3.0, (0.8, 0.7, 0.9), {}) for name in ("m1", "m2")}
+  table = findings.expected_table(measured)
+  assert table.columns == ("", "M1", "M2") and len(table.rows) == 2 * len(findings.METRICS)
+  first, second = (row for row in table.rows if row[0].text.startswith("pairwise accuracy"))
+  assert first[0].text.endswith("sampled votes") and second[0].text.endswith("expected score")
+  assert first[1].text != second[1].text

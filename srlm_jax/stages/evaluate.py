@@ -79,8 +79,23 @@ def _judge_facts(
   }
 
 
+def _expects(model: artifacts.Artifact, settings: config_dict.ConfigDict, judging: rollout.Judging) -> bool:
+  """Whether replies can be scored by the probabilities of the digits, too."""
+  if settings.server.url:
+    return False
+  try:
+    rollout.score_options(modelstore.load_tokenizer(model), judging.rubric)
+  except ValueError as error:
+    logger.info("%s: no expected scores: %s", model.folder, error)
+    return False
+  return True
+
+
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Writes answers, judgements of held-out replies, and metrics.json. Inputs: "model", "seed", "judge", "against …"."""
+  """Writes answers, judgements and expected scores of held-out replies, and metrics.json.
+
+  Inputs: "model", "seed", "judge", "against …".
+  """
   section, seed = settings.evaluate, out.inputs["seed"]
   prompts = seed.read("eval_prompts.jsonl", records.Prompt)
   ranked = seed.read("ranked_heldout.jsonl", records.RankedReplies)
@@ -101,6 +116,10 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   ]
   artifacts.map_shards(out, "answers", prompts, settings.generation.shard, mesh, speaker, answer)
   artifacts.map_shards(out, "judgements", candidates, settings.generation.shard, mesh, speaker, judge)
+  sure = judging.method == "sampled" and _expects(out.inputs["model"], settings, judging)
+  if sure:
+    work = functools.partial(rollout.judge, judging=rollout.expected(judging))
+    artifacts.map_shards(out, "expected", candidates, settings.generation.shard, mesh, speaker, work)
   speaker.cache_clear()  # Duels may need another model in its place.
   answers = list(out.read_shards("answers", records.Response))
   judgements = list(out.read_shards("judgements", records.Judgement))
@@ -111,6 +130,9 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     "tokens": dataclasses.asdict(metrics.length_summary([len(one.tokens) for one in answers])),
     "judge": _judge_facts(ranked, judgements, judging),
   }
+  if sure:
+    scored = list(out.read_shards("expected", records.Judgement))
+    facts["expected"] = _judge_facts(ranked, scored, rollout.expected(judging))
   if section.grader == "oracle":
     facts["oracle"] = _oracle_facts(answers)
   others = {
