@@ -80,7 +80,19 @@ def test_every_table_is_there_with_equal_figures_in_both_forms(written: tuple[st
   page, text, _ = written
   found = Page(page).tables
   assert set(found) == {
-    *("claims", "following", "duels", "judging", "votes", "pairs", "oracle-pairs", "sizes", "deviations", "models"),
+    *(
+      "claims",
+      "following",
+      "duels",
+      "judging",
+      "votes",
+      "expected",
+      "pairs",
+      "oracle-pairs",
+      "sizes",
+      "deviations",
+      "models",
+    ),
     *(f"counts-{part}" for part in ("seed", "eft", "fine-tuning", "prompts", "responses", "judgements", "pairs")),
   }
   shown = [[[" ".join(cell.split()) for cell in row] for row in rows] for rows in found.values()]
