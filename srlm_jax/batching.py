@@ -1,6 +1,6 @@
 """Token lists to rectangular numpy arrays: padding into length buckets, and packing of several examples into a row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -77,3 +77,34 @@ def pack(examples: Sequence[Example], length: int, packed: bool = True) -> list[
     row["targets"][start + example.target_from : start + size] = True
     used[place] = (start + size, segments + 1)
   return rows
+
+
+def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]:
+  """The same examples in fewer and shorter rows: what a step learns from stays, what its padding costs goes.
+
+  Rows get the length, a quarter, half or all of what it was, at which they hold least; examples share them as in
+  `pack`. Their number is a multiple of `unit` and of a quarter of what it was, so that few shapes are compiled. A batch
+  that would not shrink comes back as it is.
+
+  Args:
+    batch: the fields of `pack`, [B, T] each.
+    unit: what the number of rows must be a multiple of.
+  """
+  count, length = batch["tokens"].shape
+  unit *= -(-count // (4 * unit))
+  examples = []
+  for tokens, segments, targets in zip(batch["tokens"], batch["segments"], batch["targets"], strict=True):
+    for segment in range(1, segments.max(initial=0) + 1):
+      inside = segments == segment
+      learnt = targets[inside]
+      examples.append(Example(tuple(tokens[inside].tolist()), int(learnt.argmax()) if learnt.any() else len(learnt)))
+  examples.sort(key=lambda example: -len(example.tokens))
+  best: list[dict[str, np.ndarray]] = []
+  size = count * length
+  for width in (length // 4, length // 2, length):
+    if examples and len(examples[0].tokens) <= width:
+      rows = pack(examples, width)
+      rows += [empty_row(width)] * (-len(rows) % unit)
+      if len(rows) * width < size:
+        best, size = rows, len(rows) * width
+  return {name: np.stack([row[name] for row in best]) for name in best[0]} if best else dict(batch)

@@ -7,7 +7,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import distributed
+from srlm_jax import batching, distributed
 
 Row = Mapping[str, np.ndarray]
 
@@ -58,6 +58,17 @@ def batches(folder: epath.PathLike, size: int, seed: int) -> grain.MapDataset:
   """
   source = tfds.builder_from_directory(str(next(epath.Path(folder).glob("rows/*")))).as_data_source("train")
   return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(size)
+
+
+class Compact:
+  """Batches of rows with one example each, laid into as few and as short rows as hold them (`batching.compact`)."""
+
+  def __init__(self, source: grain.MapDataset, unit: int) -> None:
+    """`unit`: what the number of rows must be a multiple of, to divide among the devices."""
+    self._source, self._unit = source, unit
+
+  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    return batching.compact(self._source[step], self._unit)
 
 
 def count(folder: epath.PathLike) -> int:

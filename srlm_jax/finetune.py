@@ -72,12 +72,15 @@ def fit(
   steps = train_step.count_steps(section, len(rows))
   tokens = sum(len(example.tokens) for example in examples)
   logger.info("%s: %d examples, %d tokens in %d rows; %d steps", out.folder, len(examples), tokens, len(rows), steps)
+  batches = dataset.batches(folder, section.batch, settings.seed)
   model = train_loop.train(
     config=config,
     start=start,
     loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
     optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
-    batches=dataset.batches(folder, section.batch, settings.seed),
+    batches=batches
+    if section.pack
+    else dataset.Compact(batches, mesh.size // mesh.shape["tensor"] * section.accumulate),
     mesh=mesh,
     folder=out.folder,
     seed=settings.seed,

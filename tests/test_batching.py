@@ -58,3 +58,52 @@ def test_packing_loses_nothing():
   )
   assert found == sorted(tuple(int(t) for t in example.tokens) for example in examples)
   assert sum((row["segments"] > 0).sum() for row in rows) > 0.9 * 64 * len(rows)
+
+
+def texts(batch):
+  """Each example with its positions and targets, sorted."""
+  found = []
+  for row in range(len(batch["tokens"])):
+    for segment in range(1, batch["segments"][row].max() + 1):
+      inside = batch["segments"][row] == segment
+      found.append(tuple(tuple(batch[name][row][inside].tolist()) for name in ("tokens", "positions", "targets")))
+  return sorted(found)
+
+
+def stacked(rows):
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_compact_keeps_every_example_and_knows_few_shapes():
+  rng, shapes, before, after = np.random.default_rng(0), set(), 0, 0
+  for _ in range(60):
+    lengths = np.clip(rng.lognormal(4, 0.7, 16).astype(int), 2, 256)
+    examples = [batching.Example(tuple(rng.integers(1, 99, n)), int(rng.integers(1, n))) for n in lengths]
+    batch = stacked(batching.pack(examples, 256, packed=False))
+    small = batching.compact(batch, 2)
+    assert texts(small) == texts(batch)
+    shapes.add(small["tokens"].shape)
+    before, after = before + batch["tokens"].size, after + small["tokens"].size
+  assert len(shapes) <= 8 and all(rows % 4 == 0 for rows, _ in shapes)
+  assert after < 0.55 * before
+
+
+def test_compact_gives_each_device_its_rows():
+  batch = stacked(batching.pack([batching.Example((5, 6), 1)] * 8, 64, packed=False))
+  assert batching.compact(batch, 8)["tokens"].shape == (8, 16)
+  assert batching.compact(batch, 1)["tokens"].shape == (2, 16)
+
+
+def test_compact_leaves_what_cannot_shrink():
+  batch = stacked(batching.pack([batching.Example((1,) * 40, 3)] * 4, 40, packed=False))
+  small = batching.compact(batch, 1)
+  assert all(np.array_equal(small[name], batch[name]) for name in batch)
+  nothing = stacked([batching.empty_row(8)] * 2)
+  assert batching.compact(nothing, 1)["tokens"].shape == (2, 8)
+
+
+def test_compact_keeps_an_example_without_targets_and_several_in_a_row():
+  rows = batching.pack([batching.Example((1, 2, 3), 3), batching.Example((4, 5), 1)], 32)
+  batch = stacked([*rows, batching.empty_row(32)])
+  small = batching.compact(batch, 1)
+  assert small["tokens"].shape == (1, 8) and texts(small) == texts(batch)
