@@ -46,6 +46,7 @@ EXTRAS = {
   "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
   "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
   "torch": ["torch==2.13.0"],  # For the parity tests alone; without it they compare with golden files.
+  "bench": ["trl==1.16.0"],  # What benchmarks/training.py compares with; it brings torch.
 }
 
 setuptools.setup(

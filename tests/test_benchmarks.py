@@ -6,25 +6,40 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch, the peer, is not installed: '.[torch]'")
-@pytest.mark.parametrize("workload", ["answers", "judging"])
-def test_rollouts_are_compared_over_the_same_tokens(workload: str) -> None:
-  small = ["--prompts=4", "--median=6", "--rounds=1", "--slots=8"]
+def run(name: str, *arguments: str) -> dict[str, Any]:
+  """What a benchmark's last line says."""
   done = subprocess.run(
-    [sys.executable, "benchmarks/rollouts.py", f"--workload={workload}", *small],
+    [sys.executable, f"benchmarks/{name}.py", *arguments],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout.splitlines()[-1])
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch, the peer, is not installed: '.[torch]'")
+@pytest.mark.parametrize("workload", ["answers", "judging"])
+def test_rollouts_are_compared_over_the_same_tokens(workload: str) -> None:
+  found = run("rollouts", f"--workload={workload}", "--prompts=4", "--median=6", "--rounds=1", "--slots=8")
   assert found["prompts"] == 4 and found["tokens"] >= 4 * 4 * found["samples"]
   assert found["ours tokens/s"] > 0 and found["transformers tokens/s"] > 0 and 0 < found["slot use"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL, the peer, is not installed: '.[bench]'")
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_training_is_compared_over_the_same_updates(method: str) -> None:
+  small = ["--model=tiny", "--length=64", "--batch=2", "--warm=2", "--steps=2", "--rounds=2"]
+  found = run("training", f"--method={method}", *small)
+  assert found["losses compared"] == 7 and max(found["largest loss difference"].values()) < 1e-4
+  assert {"ours", "TRL"} < set(found["lines"]) and all(line["tokens/s"] > 0 for line in found["lines"].values())
