@@ -46,7 +46,8 @@ EXTRAS = {
   "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
   "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
   "torch": ["torch==2.13.0"],  # For the parity tests alone; without it they compare with golden files.
-  "bench": ["trl==1.16.0"],  # What benchmarks/training.py compares with; it brings torch.
+  # What benchmarks/ compares with: they bring torch, and llama.cpp is built here, in about three minutes.
+  "bench": ["gguf>=0.19,<0.20", "llama-cpp-python>=0.3.36,<0.4", "trl==1.16.0"],
 }
 
 setuptools.setup(

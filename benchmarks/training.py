@@ -4,11 +4,10 @@
   .venv/bin/python benchmarks/training.py --model=110m --method=sft
 
 Ours is `train_loop.train` over a prepared dataset, theirs `trainer.train()`: float32, no dropout, AdamW, clipping at 1,
-loss on responses alone. All lines update from the same examples in the same order; only SFT's "pack=True" has other
-batches: as many rows, but full ones. Each line runs in a thread of its own, some steps at a time, loading of data
-included. Tokens are the examples' own: no padding, a pair's prompt twice. TRL is as it comes, but for float32, its data
-in the order in which ours is read, and no gradient checkpointing, which only saves memory. Prints a table, and a line
-of JSON.
+loss on responses alone; all lines update from the same examples in the same order. Each line runs in a thread of its
+own, some steps at a time, loading of data included. Tokens are the examples' own: no padding, a pair's prompt twice.
+TRL is as it comes, but for float32, its data in the order in which ours is read, and no gradient checkpointing, which
+only saves memory. Prints a table, and a line of JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -109,18 +108,6 @@ class Watched:
     batch = self._source[step]
     self._line.tokens.append(int((batch["segments"] > 0).sum()))
     return batch
-
-
-class Packed:
-  """A step's own examples in fewer rows, an even number of them, so that few shapes are compiled."""
-
-  def __init__(self, source: train_loop.Batches) -> None:
-    self._source = source
-
-  def __getitem__(self, step: int) -> Arrays:
-    rows = batching.pack(examples_of(self._source[step]), _LENGTH.value)
-    rows += [batching.empty_row(_LENGTH.value)] * (len(rows) % 2)
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def examples_of(batch: Arrays) -> list[batching.Example]:
@@ -255,20 +242,17 @@ def sft_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   rng = np.random.default_rng(0)
   drawn = [draw(rng, 1) for _ in range(steps * size)]
   examples = [batching.Example((*prompt, *texts[0]), len(prompt)) for prompt, texts in drawn]
-  sources = {}
-  for packed in (False, True):
-    # Packed rows are fewer than batches need: they are read more than once, in another order.
-    dataset.write(folder / f"rows{packed}", batching.pack(examples, _LENGTH.value, packed))
-    sources[packed] = dataset.batches(folder / f"rows{packed}", size, 0)
-  ordered = [example for step in range(steps) for example in examples_of(sources[False][step])]
+  dataset.write(folder / "rows", batching.pack(examples, _LENGTH.value, packed=False))
+  source = dataset.batches(folder / "rows", size, 0)
+  compact = dataset.Compact(source, 1)  # As finetune.fit reads it.
+  ordered = [example for step in range(steps) for example in examples_of(source[step])]
   data = {
     "prompt": [_written(one.tokens[: one.target_from]) + " " for one in ordered],
     "completion": [_written(one.tokens[one.target_from :]) for one in ordered],
   }
   lines = {
-    "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", sources[False], steps)),
-    "ours, packed": Line(lambda line: ours(line, checkpoint, folder / "packed", Packed(sources[False]), steps)),
-    "ours, pack=True": Line(lambda line: ours(line, checkpoint, folder / "full", sources[True], steps)),
+    "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", compact, steps)),
+    "ours, a row each": Line(lambda line: ours(line, checkpoint, folder / "apart", source, steps)),
     "TRL": Line(lambda line: theirs(line, checkpoint, folder / "theirs", data, steps, size)),
   }
   return lines, ordered
@@ -415,11 +399,10 @@ def main(_: list[str]) -> None:
     compiled = len(compilations)
     for line in lines.values():
       line.take(steps)
-  same = {name: line for name, line in lines.items() if name != "ours, pack=True"}
-  for line in same.values():
+  for line in lines.values():
     assert line.tokens == lines["TRL"].tokens and len(line.losses) == steps
   compared = min(COMPARED, steps)
-  losses = {name: np.array(line.losses[:compared]) for name, line in same.items()}
+  losses = {name: np.array(line.losses[:compared]) for name, line in lines.items()}
   tokens = sum(len(one.tokens) for one in examples)
   per_token = forward_flops(examples, config) / tokens
   rows = table(lines, per_token, peak, steps)

@@ -30,9 +30,26 @@ def run(name: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch, the peer, is not installed: '.[torch]'")
 @pytest.mark.parametrize("workload", ["answers", "judging"])
 def test_rollouts_are_compared_over_the_same_tokens(workload: str) -> None:
-  found = run("rollouts", f"--workload={workload}", "--prompts=4", "--median=6", "--rounds=1", "--slots=8")
+  peers = ["transformers", *(["llama.cpp"] if importlib.util.find_spec("llama_cpp") else [])]
+  small = ["--prompts=4", "--median=6", "--rounds=1", "--slots=8", f"--peers={','.join(peers)}"]
+  found = run("rollouts", f"--workload={workload}", *small)
   assert found["prompts"] == 4 and found["tokens"] >= 4 * 4 * found["samples"]
-  assert found["ours tokens/s"] > 0 and found["transformers tokens/s"] > 0 and 0 < found["slot use"] <= 1
+  assert (
+    found["ours tokens/s"] > 0 and all(found[f"{peer} tokens/s"] > 0 for peer in peers) and 0 < found["slot use"] <= 1
+  )
+
+
+@pytest.mark.slow
+def test_ours_is_measured_without_peers() -> None:
+  found = run("rollouts", "--prompts=4", "--median=6", "--rounds=1", "--slots=8", "--peers=")
+  assert found["ours tokens/s"] > 0 and found["memory GB/s"] > 0 and found["matmul GFLOP/s"] > 0
+  assert 0 < found["matmuls alone, % of our time"] < 100
+
+
+@pytest.mark.slow
+def test_what_a_prompt_costs_is_shared_by_its_samples() -> None:
+  found = run("rollouts", "--workload=sharing", "--prompts=4", "--median=8", "--rounds=1")
+  assert found["ms a sample, N = 8"] < found["ms a sample, N = 1"]
 
 
 @pytest.mark.slow
