@@ -30,6 +30,7 @@ CORE = [
 ]
 
 OPENAI = "openai>=3.57,<4"
+TORCH = "torch==2.13.0"
 
 EXTRAS = {
   # Accelerators: at most one of them, beside the core.
@@ -45,9 +46,9 @@ EXTRAS = {
   # Development.
   "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
   "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
-  "torch": ["torch==2.13.0"],  # For the parity tests alone; without it they compare with golden files.
+  "torch": [TORCH],  # For the parity tests alone; without it they compare with golden files.
   # What benchmarks/ compares with: they bring torch, and llama.cpp is built here, in about three minutes.
-  "bench": ["gguf>=0.19,<0.20", "llama-cpp-python>=0.3.36,<0.4", "trl==1.16.0"],
+  "bench": ["gguf>=0.19,<0.20", "llama-cpp-python>=0.3.36,<0.4", TORCH, "trl==1.16.0"],
 }
 
 setuptools.setup(

@@ -97,10 +97,10 @@ def ours(model: llama.Llama, work: peers.Work, slots: int) -> tuple[float, gener
   return took, usage
 
 
-def models(folder: str) -> tuple[llama.Llama, Any]:
-  """The model of the flags as ours and, for peers, as transformers'."""
+def models(folder: str, wanted: list[str]) -> tuple[llama.Llama, Any]:
+  """The model of the flags as ours and, for the wanted peers, as transformers'."""
   kind = attention.best_for(jax.default_backend())
-  if not _PEERS.value:
+  if not wanted:
     shape = SHAPES[_MODEL.value]
     heads = shape["num_attention_heads"]
     config = llama.LlamaConfig(
@@ -129,10 +129,10 @@ def models(folder: str) -> tuple[llama.Llama, Any]:
   return model, theirs
 
 
-def others(theirs: Any, work: peers.Work, folder: str) -> dict[str, Callable[[], float]]:
-  """What runs each peer once, ready to run."""
+def others(wanted: list[str], theirs: Any, work: peers.Work, folder: str) -> dict[str, Callable[[], float]]:
+  """What runs each wanted peer once, ready to run."""
   found: dict[str, Callable[[], float]] = {}
-  if "transformers" in _PEERS.value:
+  if "transformers" in wanted:
     samples = work.lengths.shape[1]
 
     def cost(rows: int) -> float:  # Of a token, on one batch of so many rows: its better batch size counts.
@@ -141,7 +141,7 @@ def others(theirs: Any, work: peers.Work, folder: str) -> dict[str, Callable[[],
 
     rows = min((_SLOTS.value, 4 * _SLOTS.value), key=cost)
     found["transformers"] = lambda: peers.transformers(theirs, work, rows)
-  if "llama.cpp" in _PEERS.value:
+  if "llama.cpp" in wanted:
     path = pathlib.Path(folder) / "model.gguf"
     peers.write_gguf(theirs, path)
     places = max(map(len, work.prompts)) + work.longest
@@ -149,11 +149,11 @@ def others(theirs: Any, work: peers.Work, folder: str) -> dict[str, Callable[[],
   return found
 
 
-def compare(model: llama.Llama, theirs: Any, folder: str) -> dict[str, Any]:
+def compare(wanted: list[str], model: llama.Llama, theirs: Any, folder: str) -> dict[str, Any]:
   """Runs all sides in turn, after one run of each to warm up."""
   work = workload(np.random.default_rng(0))
   total = int(work.lengths.sum())
-  runs = others(theirs, work, folder)
+  runs = others(wanted, theirs, work, folder)
   ours(model, work, _SLOTS.value)
   times: dict[str, list[float]] = {"ours": [], **{name: [] for name in runs}}
   for number in range(_ROUNDS.value):
@@ -176,16 +176,17 @@ def compare(model: llama.Llama, theirs: Any, folder: str) -> dict[str, Any]:
     ratios = [theirs / mine for mine, theirs in zip(times["ours"], times[name], strict=True)]
     found[f"against {name}"] = round(statistics.median(ratios), 2)
     found[f"against {name}, spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
-  return found | _limits(model, work, usage, statistics.median(times["ours"]))
+  return found | _limits(model, len(work.prompts), usage, statistics.median(times["ours"]))
 
 
-def _limits(model: llama.Llama, work: peers.Work, usage: generator.Usage, took: float) -> dict[str, Any]:
-  """How long the whole would take if a step did nothing but read the weights, or its matmuls at their best."""
+def _limits(model: llama.Llama, texts: int, usage: generator.Usage, took: float) -> dict[str, Any]:
+  """How long it would take to read the weights once a step, or to do the matmuls with them, at the machine's best."""
   width = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
-  weights = sum(leaf.size for leaf in jax.tree.leaves(model)) - model.embedding[...].size
+  head = model.embedding[...].size  # The table of what goes in is only looked up.
+  weights = sum(leaf.size for leaf in jax.tree.leaves(model)) - head
   bandwidth, peak = machine.bandwidth(), machine.matmul_peak("float32" if width == 4 else "bfloat16")
-  reading = usage.offered / _SLOTS.value * weights * width / bandwidth
-  computing = 2 * weights * (int(work.lengths.sum()) + sum(map(len, work.prompts))) / peak
+  reading = usage.steps * weights * width / bandwidth
+  computing = 2 * (weights * usage.drawn + (weights - head) * usage.prefilled + head * texts) / peak
   return {
     "memory GB/s": round(bandwidth / 1e9, 1),
     "matmul GFLOP/s": round(peak / 1e9),
@@ -217,11 +218,11 @@ def sharing(model: llama.Llama) -> dict[str, Any]:
 def main(_: list[str]) -> None:
   """Measures, and prints."""
   devices = mesh.make_mesh(data=-1, fsdp=1)
-  if _WORKLOAD.value == "sharing" or _MODEL.value in ("1b", "7b"):
-    _PEERS.value = []
+  alone = _WORKLOAD.value == "sharing" or _MODEL.value in ("1b", "7b")
+  wanted = [] if alone else _PEERS.value
   with jax.set_mesh(devices), tempfile.TemporaryDirectory() as folder:
-    model, theirs = models(folder)
-    found = sharing(model) if _WORKLOAD.value == "sharing" else compare(model, theirs, folder)
+    model, theirs = models(folder, wanted)
+    found = sharing(model) if _WORKLOAD.value == "sharing" else compare(wanted, model, theirs, folder)
   versions = {"jax": jax.__version__}
   if theirs is not None:
     import torch

@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 from etils import epath
 import jax
-import jax.numpy as jnp
+import machine
 import numpy as np
 
 from srlm_jax import batching, convert, dataset, mesh, pairset, records, train_loop, train_step
@@ -63,7 +63,8 @@ class Line:
     self.losses: list[float] = []
     self.reference = 0.0  # Seconds of the reference model's pass over all pairs, before training.
     self.times: list[float] = []  # Of each round.
-    self._loop, self._done, self._left = loop, False, 0
+    self._loop, self._failed, self._left = loop, True, 0
+    self._ended = False
     self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
     threading.Thread(target=self._run, daemon=True).start()
 
@@ -71,9 +72,10 @@ class Line:
     try:
       self._go.acquire()
       self._loop(self)
-      self._done = True
+      self._failed = False
     finally:
       self._left = 0
+      self._ended = True
       self._stopped.release()
 
   def take(self, steps: int) -> float:
@@ -83,7 +85,7 @@ class Line:
     self._go.release()
     self._stopped.acquire()
     took = time.perf_counter() - began
-    if not self._done and self._left:
+    if self._ended and self._failed:
       sys.exit("a training loop failed, see above.")
     return took
 
@@ -252,7 +254,7 @@ def sft_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   }
   lines = {
     "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", compact, steps)),
-    "ours, a row each": Line(lambda line: ours(line, checkpoint, folder / "apart", source, steps)),
+    "ours unpacked": Line(lambda line: ours(line, checkpoint, folder / "apart", source, steps)),
     "TRL": Line(lambda line: theirs(line, checkpoint, folder / "theirs", data, steps, size)),
   }
   return lines, ordered
@@ -298,7 +300,7 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   lines = {
     "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", source, steps)),
     "TRL": Line(lambda line: both(line, folder=folder / "theirs")),
-    "TRL, precomputed": Line(lambda line: both(line, folder=folder / "computed", precompute_ref_log_probs=True)),
+    "TRL precomputed": Line(lambda line: both(line, folder=folder / "computed", precompute_ref_log_probs=True)),
   }
   lines["ours"].reference = (times[1] - times[0]) * steps / (steps - 1)
   return lines, [one for step in ordered for one in step]
@@ -317,22 +319,9 @@ def peaks() -> dict[str, float]:
   """The best GFLOP/s of a float32 matmul of 2048³, by each library."""
   import torch
 
-  matrix = np.random.default_rng(0).normal(size=(2048, 2048)).astype(np.float32)
-  jax_matrix, torch_matrix = jnp.asarray(matrix), torch.from_numpy(matrix)
-  product = jax.jit(jnp.matmul)
-  runs: dict[str, Callable[[], Any]] = {
-    "jax": lambda: product(jax_matrix, jax_matrix).block_until_ready(),
-    "torch": lambda: torch_matrix @ torch_matrix,
-  }
-  best = {}
-  for name, run in runs.items():
-    times = []
-    for _ in range(8):
-      began = time.perf_counter()
-      run()
-      times.append(time.perf_counter() - began)
-    best[name] = 2 * 2048**3 / min(times) / 1e9
-  return best
+  matrix = torch.ones(2048, 2048)
+  found = {"jax": machine.matmul_peak(), "torch": 2 * 2048**3 / machine.seconds(lambda: matrix @ matrix)}
+  return {name: peak / 1e9 for name, peak in found.items()}
 
 
 def table(lines: Mapping[str, Line], per_token: float, peak: Mapping[str, float], steps: int) -> dict[str, Any]:
@@ -387,6 +376,11 @@ def main(_: list[str]) -> None:
     checkpoint = os.path.join(place, "checkpoint")
     config = save_checkpoint(checkpoint)
     lines, examples = (sft_lines if _METHOD.value == "sft" else dpo_lines)(checkpoint, epath.Path(place), steps, size)
+    unknown = set(_SKIP.value) - (set(lines) - {"TRL"})
+    if unknown:
+      sys.exit(
+        f"--skip={','.join(sorted(unknown))}: the lines that may be left out are {sorted(set(lines) - {'TRL'})}."
+      )
     lines = {name: line for name, line in lines.items() if name not in _SKIP.value}
     for line in lines.values():
       line.take(_WARM.value)

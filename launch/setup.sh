@@ -33,6 +33,14 @@ else
   pins=/dev/null
 fi
 
+if [[ $torch == yes ]] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  # Before what else may need it. First the CPU's own build: the package index's can bring gigabytes for GPUs.
+  version=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' setup.py)
+  "${pip[@]}" --retries 0 --timeout 15 --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version" \
+    2>/dev/null || true
+  "${pip[@]}" -e '.[torch]' || echo "No torch here: the parity tests compare with golden files instead." >&2
+fi
+
 # The stamp holds what was installed from, so that a change of it installs again.
 stamp=$venv/.installed-${extras//,/+}
 made_from="$PWD $(cat setup.py "$pins" | cksum)"
@@ -40,12 +48,4 @@ if [[ ! -f $stamp || $(<"$stamp") != "$made_from" ]]; then
   echo "Installing srlm_jax${extras:+[$extras]} into $venv ..." >&2
   "${pip[@]}" -e ".${extras:+[$extras]}"
   echo "$made_from" >"$stamp"
-fi
-
-if [[ $torch == yes ]] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-  # First the CPU's own build: the one of the package index can bring gigabytes for GPUs.
-  version=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' setup.py)
-  "${pip[@]}" --retries 0 --timeout 15 --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$version" \
-    2>/dev/null || true
-  "${pip[@]}" -e '.[torch]' || echo "No torch here: the parity tests compare with golden files instead." >&2
 fi

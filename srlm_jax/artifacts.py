@@ -26,7 +26,7 @@ from srlm_jax import distributed, records
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # Of the files described here; a change makes older folders refused, by name.
+FORMAT = 3  # Of the files described here; a change makes older folders refused, by name.
 
 
 def sha256(data: bytes) -> str:

@@ -83,8 +83,8 @@ def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]
   """The same examples in fewer and shorter rows: what a step learns from stays, what its padding costs goes.
 
   Rows get the length, a quarter, half or all of what it was, at which they hold least; examples share them as in
-  `pack`. Their number is a multiple of `unit` and of a quarter of what it was, so that few shapes are compiled. A batch
-  that would not shrink comes back as it is.
+  `pack`. Their number is a multiple of `unit`, and of so many units that four numbers at the most are compiled. A batch
+  that would not shrink comes back as it is. Dropout, if any, draws other masks for other shapes.
 
   Args:
     batch: the fields of `pack`, [B, T] each.

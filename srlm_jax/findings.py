@@ -116,6 +116,8 @@ def expected_table(measured: Measured) -> Table:
   """The reward-model metrics of scores from the probabilities of the digits, beside those of sampled votes."""
   rows = []
   for metric, (title, digits) in METRICS.items():
+    if metric == "five_best":  # An expected score is never a full 5.
+      continue
     for how, facts_of in (("sampled votes", "judge"), ("expected score", "expected")):
       ours = [tables.estimate(facts[facts_of]["metrics"][metric], digits) for facts in measured.values()]
       rows.append(tables.row(f"{title}, {how}", *ours))

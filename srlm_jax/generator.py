@@ -51,10 +51,19 @@ def row_key(seed: int, name: str, sample: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class Usage:
-  """How well the slots were used: tokens drawn, of the tokens that all slots together could have drawn."""
+  """How well the slots were used.
+
+  Attributes:
+    drawn: tokens of texts.
+    offered: tokens that all slots together could have drawn.
+    steps: of the model, each a token for all slots.
+    prefilled: tokens of prompts that went through the model.
+  """
 
   drawn: int = 0
   offered: int = 0
+  steps: int = 0
+  prefilled: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +128,7 @@ class Generator:
     if shared:
       tokens = np.asarray([requests[0].tokens[:shared]], np.int32)
       lengths = np.asarray([shared], np.int32)
+      self.usage.prefilled += shared
       prefix = sampling_lib.prefill(self.model, tokens, lengths, dtype=self.model.config.dtype).cache
     sizes = batching.doubling_buckets(32, self.max_prompt)
     groups: dict[int, list[Request]] = {}
@@ -143,6 +153,7 @@ class Generator:
   def _prefill(self, bucket: "_Bucket", batch: Sequence[Request], count: int) -> sampling_lib.Prompts:
     """Sends a batch of prompts through the model, in `count` rows."""
     own = [request.tokens[bucket.shared :] for request in batch]
+    self.usage.prefilled += sum(map(len, own))
     lengths = np.zeros(count, np.int32)
     lengths[: len(batch)] = [len(tokens) for tokens in own]
     rows = batching.pad(own, bucket.length, count)
@@ -178,8 +189,7 @@ class _Run:
   """Requests on their way through the slots.
 
   Prompts go through the model in batches, ahead of need; a slot whose continuation has ended begins another one after
-  at most `steps` tokens; the slots' ring grows when longer prompts come; and where nothing is left to begin, the slots
-  that still have work move together.
+  at most `steps` tokens; and where nothing is left to begin, the slots that still have work move together.
   """
 
   def __init__(self, engine: Generator, buckets: Sequence[_Bucket]) -> None:
@@ -194,7 +204,7 @@ class _Run:
     self.slots = sampling_lib.empty(
       config,
       count=self.count,
-      prompt=buckets[0].shared + buckets[0].length,
+      prompt=buckets[-1].shared + buckets[-1].length,
       longest=longest,
       dtype=config.dtype,
       logprobs=engine.logprobs,
@@ -245,23 +255,20 @@ class _Run:
       self.slots = sampling_lib.admit(self.slots, self.prompts, rows, sources, np.int32(len(begun)), limits, keys)
 
   def _prefill(self) -> None:
-    """Sends the next prompts, all of one bucket, through the model; the ring grows to hold them."""
+    """Sends the next prompts, all of one bucket, through the model."""
     bucket = self.queue[0][0]
     batch: list[Request] = []
     while self.queue and self.queue[0][0] is bucket and len(batch) < self.batch:
       batch.append(self.queue.popleft()[1])
     self.prompts = self.engine._prefill(bucket, batch, self.batch)
     self.waiting.extend((source, one, sample) for source, one in enumerate(batch) for sample in range(one.samples))
-    whole = bucket.shared + bucket.length
-    places = sampling_lib.ring(self.engine.model.config, whole, self.engine.sampling.max_new)
-    if places > self.slots.cache.valid_BS.shape[1]:
-      self.slots = sampling_lib.grow(self.slots, places=places)
 
   def _collect(
     self, steps: np.ndarray, done_B: np.ndarray, counts_B: np.ndarray, tokens_BG: np.ndarray, logprobs_BG: np.ndarray
   ) -> list[tuple[Request, list[Completion]]]:
     """Frees the slots that have ended; the requests that are complete with them."""
     self.engine.usage.offered += int(steps) * self.count
+    self.engine.usage.steps += int(steps)
     complete = []
     for row, held in enumerate(self.holds):
       if held is None or not (done_B[row] or self.engine.sampling.stop):

@@ -28,7 +28,9 @@ UNSTATED = (
   ),
   *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
   *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples"),
-  *(f"{stage}.sampling.max_new" for stage in ("prompts", "responses", "judge", "evaluate")),
+  *(
+    f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
+  ),
 )
 MACHINE = (
   *("seed", "mesh.", "generation.", "server.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),

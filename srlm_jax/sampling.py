@@ -172,25 +172,6 @@ def empty(
   )
 
 
-@functools.partial(jax.jit, static_argnames="places")
-def grow(slots: Slots, *, places: int) -> Slots:
-  """The same slots, whose ring has more places: its oldest place comes first, the new ones come last."""
-  cache, more = slots.cache, places - slots.cache.valid_BS.shape[1]
-
-  def longer(array: jax.Array, axis: int, axes: mesh.Axes) -> jax.Array:
-    unrolled = jnp.roll(array, -cache.cursor, axis=axis)
-    padded = jnp.pad(unrolled, [(0, more if dim == axis else 0) for dim in range(array.ndim)])
-    return mesh.constrain(padded, axes)
-
-  cache = llama.Cache(
-    keys_LBKHS=longer(cache.keys_LBKHS, 4, llama.CACHE_KEYS),
-    values_LBKSH=longer(cache.values_LBKSH, 3, llama.CACHE_VALUES),
-    valid_BS=longer(cache.valid_BS, 1, ("batch", "length")),
-    cursor=jnp.int32(places - more),
-  )
-  return dataclasses.replace(slots, cache=cache)
-
-
 def _insert(
   axis: int,
   cache: jax.Array,
@@ -286,8 +267,8 @@ def decode(model: llama.Llama, slots: Slots, sampling: Sampling, eos_id: int) ->
   logprobs_BG = slots.logprobs_BG
   if logprobs_BG.shape[1]:
     hit_BV = jnp.arange(slots.logits_BV.shape[1]) == token_B[:, None]  # A masked sum: the vocabulary may be divided.
-    drawn_B = jnp.sum(jnp.where(hit_BV, slots.logits_BV, 0.0), axis=-1) - jax.nn.logsumexp(slots.logits_BV, axis=-1)
-    logprobs_BG = jnp.where(here_BG, drawn_B[:, None], logprobs_BG)
+    new_B = jnp.sum(jnp.where(hit_BV, slots.logits_BV, 0.0), axis=-1) - jax.nn.logsumexp(slots.logits_BV, axis=-1)
+    logprobs_BG = jnp.where(here_BG, new_B[:, None], logprobs_BG)
   return Slots(
     cache=cache,
     logits_BV=model.logits(hidden_B1D[:, 0]),

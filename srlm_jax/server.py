@@ -129,14 +129,21 @@ class Server:
     """Yields each request with its completions, as they come; ValueError at the first that cannot be had."""
     warned = self.counts["without_ids"] > 0
     client, pool = self.service.client(self.url), futures.ThreadPoolExecutor(self.service.concurrency)
+    asked = {pool.submit(self._ask, client, request): request for request in requests}
     try:
-      asked = {pool.submit(self._ask, client, request): request for request in requests}
       for future in futures.as_completed(asked):
         completions, counts = future.result()
         self.counts.update(counts)
         distributed.progress(f"generation: {asked[future].name}")
         yield asked[future], completions
     finally:
+      if waiting := sum(future.running() for future in asked):
+        logger.warning(
+          "%s: %d requests are still on their way; ending waits for them, at most %g s",
+          self.url,
+          waiting,
+          self.service.timeout,
+        )
       pool.shutdown(wait=False, cancel_futures=True)  # After an error what is on its way is of no use.
       client.close()
     if self.counts["without_ids"] and not warned:

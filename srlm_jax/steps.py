@@ -158,6 +158,11 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
   if settings.evaluate.grader == "oracle" and not settings.world.enabled:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge' or 'none'.")
+  if settings.responses.sampling.stop:
+    raise ValueError(
+      f"responses.sampling.stop={settings.responses.sampling.stop}: answers that a string ends have no end token, and "
+      "training on them would teach the model not to stop. Leave it empty."
+    )
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
   if settings.server.url:

@@ -189,7 +189,10 @@ def train_step(
   transform: optax.GradientTransformation,
   accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One update. Dropout draws from (seed, step) alone, so that a resumed run repeats what an uninterrupted one did."""
+  """One update. Dropout draws from (seed, step) alone, so that a resumed run repeats an uninterrupted one.
+
+  (It draws by the batch's shape: see `batching.compact` for what changes with the number of devices.)
+  """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   grads, metrics = _gradients(state.model, batch, key, loss_fn, accumulate)
   updates, opt_state = transform.update(grads, state.opt_state, state.model)

@@ -201,7 +201,7 @@ def test_another_format_is_refused(root: epath.Path) -> None:
   committed(root / "a")
   path = root / "a" / "stage.json"
   path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
-  with pytest.raises(ValueError, match="artifact format 0, this version writes 2: use a new --workdir"):
+  with pytest.raises(ValueError, match="artifact format 0, this version writes 3: use a new --workdir"):
     make(root / "a").begin()
 
 

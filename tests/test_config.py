@@ -200,6 +200,7 @@ def test_the_readme_names_settings_that_exist() -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"responses.sampling.stop": ("x",)}, "have no end token"),
     ({"dpo.method": "positive"}, "'positive' is not a dpo.method. Did you mean 'positive_only'?"),
     ({"dpo.reference": "m0"}, "'m0' is not a dpo.reference"),
     ({"prompts.writer": "parents"}, "'parents' is not a prompts.writer. Did you mean 'parent'?"),

@@ -122,6 +122,13 @@ def test_new_prompts_are_new_and_never_held_out(run):
   assert not set(new) & (seeds | heldout)
 
 
+def test_both_ways_to_score_are_measured(run):
+  facts = json.loads((run / "eval" / "m3" / "manifest.json").read_text())["facts"]
+  scored = [json.loads(line) for path in (run / "eval" / "m3").glob("expected-*.jsonl") for line in path.open()]
+  assert len(scored) == sum(facts["judge"]["votes"].values()) / 3 and len({one["score"] for one in scored}) > 20
+  assert 0 <= facts["expected"]["metrics"]["pairwise"]["value"] <= 1
+
+
 def test_dpo_starts_at_log_2(run):
   for model in ("m2", "m3"):
     first = json.loads((run / model / "metrics.jsonl").read_text().splitlines()[0])

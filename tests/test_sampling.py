@@ -135,7 +135,7 @@ def test_a_request_may_end_sooner(model):
 
 def test_few_programs_whatever_the_requests(model):
   engine = make(model, temperature=1.0, max_new=7)
-  programs = {sampling.prefill: 2, sampling.admit: 2, sampling.advance: 2, sampling.keep: 1, sampling.grow: 0}
+  programs = {sampling.prefill: 2, sampling.admit: 2, sampling.advance: 2, sampling.keep: 1}
   before = {program: program._cache_size() for program in programs}
   for count in (50, 1, 3, 7, 2, 19, 6, 4):
     run(engine, [generator.Request(f"{count} {n}", (5,) * (n % 31 + 1), 2) for n in range(count)])
@@ -143,15 +143,15 @@ def test_few_programs_whatever_the_requests(model):
     assert program._cache_size() - before[program] <= most, program
 
 
-def test_with_longer_prompts_the_ring_grows_and_nothing_is_compiled_twice(model):
+def test_prompts_of_all_lengths_share_the_slots_and_nothing_is_compiled_twice(model):
   rng = np.random.default_rng(5)
   requests = [generator.Request(f"g{n}", tuple(rng.integers(3, 62, n * 3 % 90 + 1)), 3) for n in range(60)]
   engine = dataclasses.replace(make(model, temperature=1.0, top_p=0.9, max_new=11), max_prompt=100)
-  before = sampling.grow._cache_size()
+  before = sampling.advance._cache_size()
   found = run(engine, requests)  # Prompts of up to 32, 48, 64 and 96 tokens.
-  programs = [sampling.prefill, sampling.admit, sampling.advance, sampling.keep, sampling.grow]
+  programs = [sampling.prefill, sampling.admit, sampling.keep, sampling.advance]
   sizes = [program._cache_size() for program in programs]
-  assert sizes[-1] - before == 3
+  assert sizes[-1] - before <= 2  # For 8 slots and for 4.
   assert engine.usage.drawn / engine.usage.offered > 0.8  # One tail for all, not one for each length.
   assert run(engine, requests[::-1]) == found
   assert [program._cache_size() for program in programs] == sizes

@@ -83,8 +83,9 @@ def _expects(model: artifacts.Artifact, settings: config_dict.ConfigDict, judgin
   """Whether replies can be scored by the probabilities of the digits, too."""
   if settings.server.url:
     return False
+  words = modelstore.load_tokenizer(model)
   try:
-    rollout.score_options(modelstore.load_tokenizer(model), judging.rubric)
+    rollout.score_options(words, judging.rubric)
   except ValueError as error:
     logger.info("%s: no expected scores: %s", model.folder, error)
     return False
