@@ -45,14 +45,23 @@ def reference_logprobs(
   """
   score = jax.jit(functools.partial(logprobs.sequence_logprobs, chunk=chunk))
   sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
-  out = []
+  out: list[np.ndarray] = []
+  pending: jax.Array | None = None
+
+  def read(scored: jax.Array) -> None:
+    both = np.asarray(distributed.whole(scored))
+    out.append(np.stack([both[:size], both[size:]], axis=1))
+    distributed.progress(f"reference log-probs of pair {size * len(out)}")
+
   for start in range(0, len(rows), size):
     part = list(rows[start : start + size])
-    filled = part + [part[-1]] * (size - len(part))
-    both = np.asarray(distributed.whole(score(model, distributed.place(stack(filled), sharding))))
-    distributed.progress(f"reference log-probs of pair {start}")
-    out.append(np.stack([both[:size], both[size:]], axis=1)[: len(part)])
-  return np.concatenate(out)
+    scored = score(model, distributed.place(stack(part + [part[-1]] * (size - len(part))), sharding))
+    if pending is not None:  # One batch late, so that the device never waits for the host.
+      read(pending)
+    pending = scored
+  if pending is not None:
+    read(pending)
+  return np.concatenate(out)[: len(rows)]
 
 
 def write(folder: epath.Path, rows: Sequence[dict[str, np.ndarray]], reference: np.ndarray) -> None:
