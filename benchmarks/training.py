@@ -138,7 +138,7 @@ def first_rate() -> float:
 
 def ours(line: Line, checkpoint: str, folder: epath.Path, source: train_loop.Batches, steps: int) -> None:
   """A run of the product's own loop; its losses are known when it ends."""
-  devices = mesh.make_mesh(data=-1, fsdp=1)
+  devices = mesh.make_mesh(devices=jax.devices()[:1])
   loss = train_step.sft_loss if _METHOD.value == "sft" else functools.partial(train_step.dpo_loss, beta=BETA)
   with jax.set_mesh(devices):
     train_loop.train(
@@ -279,7 +279,7 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   ]
   length = pairset.row_length(pairs, _LENGTH.value)
   rows = [pairset.pair_row(pair, length) for pair in pairs]
-  devices = mesh.make_mesh(data=-1, fsdp=1)
+  devices = mesh.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(devices):
     model, times = convert.import_hf(checkpoint, devices), []
     for part in (rows[:size], rows):  # The difference is without compilation.
