@@ -191,7 +191,8 @@ def test_the_readme_names_settings_that_exist() -> None:
   found = re.findall(r"--config\.([a-z_.0-9]+)=([^\s`]+)", text)
   assert len(found) > 10
   mesh = mesh_lib.make_mesh()
-  for key, given in found:
+  for key, quoted in found:
+    given = quoted.strip('"')
     c = parse(f"--config={ROOT / 'configs' / 'llama2.py'}", f"--config.{key}={given}")
     assert str(value(c, key)) in (given, f"{given}.0")
     steps.plan(c, epath.Path("w"), mesh)
