@@ -197,6 +197,7 @@ def _expected(
   found = {}
   for request, probs in engine.option_probs(longer, list(options)):
     weights, scores = np.asarray(probs, np.float64), np.asarray(list(options.values()), np.float64)
-    score = float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high))
-    found[request.name] = [records.Vote(text=f"Score: {score:.3f} (expected)", score=score)]
+    # Hundredths: what is behind them depends on how many prompts went through the model at once.
+    score = round(float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high)), 2)
+    found[request.name] = [records.Vote(text=f"Score: {score:.2f} (expected)", score=score)]
   return found
