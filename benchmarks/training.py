@@ -63,8 +63,7 @@ class Line:
     self.losses: list[float] = []
     self.reference = 0.0  # Seconds of the reference model's pass over all pairs, before training.
     self.times: list[float] = []  # Of each round.
-    self._loop, self._failed, self._left = loop, True, 0
-    self._ended = False
+    self._loop, self._left, self._failed = loop, 0, True  # Until it has come to its end.
     self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
     threading.Thread(target=self._run, daemon=True).start()
 
@@ -74,8 +73,6 @@ class Line:
       self._loop(self)
       self._failed = False
     finally:
-      self._left = 0
-      self._ended = True
       self._stopped.release()
 
   def take(self, steps: int) -> float:
@@ -85,7 +82,7 @@ class Line:
     self._go.release()
     self._stopped.acquire()
     took = time.perf_counter() - began
-    if self._ended and self._failed:
+    if self._left and self._failed:
       sys.exit("a training loop failed, see above.")
     return took
 
