@@ -197,7 +197,7 @@ def _expected(
   found = {}
   for request, probs in engine.option_probs(longer, list(options)):
     weights, scores = np.asarray(probs, np.float64), np.asarray(list(options.values()), np.float64)
-    # Hundredths: what is behind them depends on how many prompts went through the model at once.
-    score = round(float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high)), 2)
-    found[request.name] = [records.Vote(text=f"Score: {score:.2f} (expected)", score=score)]
+    # Four decimals: the seventh depends on how many prompts went through the model at once.
+    score = round(float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high)), 4)
+    found[request.name] = [records.Vote(text=f"Score: {score:.4f} (expected)", score=score)]
   return found
