@@ -109,14 +109,6 @@ class Watched:
     return batch
 
 
-def examples_of(batch: Arrays) -> list[batching.Example]:
-  """The examples of rows that hold one each."""
-  return [
-    batching.Example(tuple(tokens[segments > 0].tolist()), int(np.argmax(targets)))
-    for tokens, segments, targets in zip(batch["tokens"], batch["segments"], batch["targets"], strict=True)
-  ]
-
-
 def draw(rng: np.random.Generator, responses: int) -> tuple[Text, list[Text]]:
   """A prompt and responses of random tokens, the end token last; lengths lognormal, as those of chats."""
 
@@ -243,8 +235,8 @@ def sft_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   examples = [batching.Example((*prompt, *texts[0]), len(prompt)) for prompt, texts in drawn]
   dataset.write(folder / "rows", batching.pack(examples, _LENGTH.value, packed=False))
   source = dataset.batches(folder / "rows", size, 0)
-  compact = dataset.Compact(source, 1)  # As finetune.fit reads it.
-  ordered = [example for step in range(steps) for example in examples_of(source[step])]
+  compact = dataset.Compact(source, 1, places=True)  # As finetune.fit reads it.
+  ordered = [example for step in range(steps) for example in batching.examples_of(source[step])]
   data = {
     "prompt": [_written(one.tokens[: one.target_from]) + " " for one in ordered],
     "completion": [_written(one.tokens[one.target_from :]) for one in ordered],
@@ -284,8 +276,8 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
       reference = pairset.reference_logprobs(model, part, size, CHUNK, devices)
       times.append(time.perf_counter() - began)
   pairset.write(folder / "pairs", rows, reference)
-  source = pairset.Batches(folder / "pairs", size, 0)
-  ordered = [examples_of(source[step]) for step in range(steps)]
+  source, shared = (pairset.Batches(folder / "pairs", size, 0, where) for where in (None, devices))
+  ordered = [batching.examples_of(source[step]) for step in range(steps)]
   chosen = [one for step in ordered for one in step[:size]]
   rejected = [one for step in ordered for one in step[size:]]
   data = {
@@ -295,7 +287,8 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   }
   both = functools.partial(theirs, checkpoint=checkpoint, data=data, steps=steps, batch=size, beta=BETA)
   lines = {
-    "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", source, steps)),
+    "ours": Line(lambda line: ours(line, checkpoint, folder / "ours", shared, steps)),
+    "ours unpacked": Line(lambda line: ours(line, checkpoint, folder / "apart", source, steps)),
     "TRL": Line(lambda line: both(line, folder=folder / "theirs")),
     "TRL precomputed": Line(lambda line: both(line, folder=folder / "computed", precompute_ref_log_probs=True)),
   }

@@ -15,6 +15,7 @@ from srlm_jax import mesh
 MASKED = -1e30  # Finite, so that a row of padding, which sees nothing, gives no NaN.
 KINDS = ("xla", "blocked", "splash", "cudnn")
 BLOCK_BYTES = 2**21  # Of keys that "blocked" takes at once: what a core's own cache holds.
+QUERY_BLOCK = 128  # Queries that "blocked" takes at once, or more of them where a text would have more than 16 blocks.
 SPLASH_BLOCK = 128  # Its smallest block: lengths and head dims that it does not divide go to XLA.
 
 QUERIES: mesh.Axes = ("batch", "length", "kv_heads", "group", "head_dim")
@@ -52,6 +53,8 @@ def causal(
   mask_BTS &= places - length + jnp.arange(length)[:, None] >= jnp.arange(places)[None, :]
   if kind == "cudnn" and q_BTKGH.dtype in (jnp.bfloat16, jnp.float16) and not head_dim % 8:
     return _cudnn(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
+  if kind == "blocked" and length >= 2 * QUERY_BLOCK and mesh.devices() == 1:
+    return blocked(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
   return xla(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
 
 
@@ -68,6 +71,62 @@ def xla(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.
   weights = jax.nn.softmax(jnp.where(mask_BMS[:, None], logits, MASKED), axis=-1).astype(v_BKSH.dtype)
   mixed = jnp.einsum("bkms,bksh->bkmh", weights, v_BKSH)
   return mixed.reshape(batch, kv_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
+
+
+def blocked(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """Causal `xla` on one CPU: a row at a time, so many queries at a time, without the keys behind a block's last query.
+
+  A block's weights stay in a core's cache, and are computed again for the gradient.
+  """
+  length, kv_heads, groups, head_dim = q_BTKGH.shape[1:]
+  before = k_BKHS.shape[-1] - length
+  size = max(QUERY_BLOCK, -(-length // 16))
+
+  def row(arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    q_TKGH, k_KHS, v_KSH, mask_TS = arrays
+    done = []
+    for start in range(0, length, size):
+      q_KMH = q_TKGH[start : start + size].transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+      seen = min(before + start + size, before + length)
+      mask_MS = jnp.tile(mask_TS[start : start + size, :seen], (groups, 1))
+      mixed_KMH = _block(q_KMH, k_KHS[..., :seen], v_KSH[:, :seen], mask_MS)
+      done.append(mixed_KMH.reshape(kv_heads, groups, -1, head_dim).transpose(2, 0, 1, 3))
+    return jnp.concatenate(done)
+
+  return jax.lax.map(row, (q_BTKGH, k_BKHS, v_BKSH, mask_BTS))
+
+
+@jax.custom_vjp
+def _block(q_KMH: jax.Array, k_KHS: jax.Array, v_KSH: jax.Array, mask_MS: jax.Array) -> jax.Array:
+  return _block_forward(q_KMH, k_KHS, v_KSH, mask_MS)[0]
+
+
+def _block_logits(q_KMH: jax.Array, k_KHS: jax.Array, mask_MS: jax.Array) -> jax.Array:
+  logits_KMS = jnp.einsum("kmh,khs->kms", q_KMH, k_KHS, preferred_element_type=jnp.float32)
+  return jnp.where(mask_MS, logits_KMS / math.sqrt(q_KMH.shape[-1]), MASKED)
+
+
+def _block_forward(q_KMH: jax.Array, k_KHS: jax.Array, v_KSH: jax.Array, mask_MS: jax.Array) -> tuple[jax.Array, Any]:
+  logits_KMS = _block_logits(q_KMH, k_KHS, mask_MS)
+  top_KM1 = jnp.max(logits_KMS, axis=-1, keepdims=True)
+  weights_KMS = jnp.exp(logits_KMS - top_KM1)
+  total_KM1 = jnp.sum(weights_KMS, axis=-1, keepdims=True)
+  mixed_KMH = jnp.einsum("kms,ksh->kmh", weights_KMS.astype(v_KSH.dtype), v_KSH) / total_KM1
+  mixed_KMH = mixed_KMH.astype(v_KSH.dtype)
+  return mixed_KMH, (q_KMH, k_KHS, v_KSH, mask_MS, mixed_KMH, top_KM1 + jnp.log(total_KM1))
+
+
+def _block_gradient(saved: Any, grad_KMH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+  q_KMH, k_KHS, v_KSH, mask_MS, mixed_KMH, norm_KM1 = saved
+  weights_KMS = jnp.exp(_block_logits(q_KMH, k_KHS, mask_MS) - norm_KM1)
+  to_v = jnp.einsum("kms,kmh->ksh", weights_KMS.astype(grad_KMH.dtype), grad_KMH)
+  inner_KMS = jnp.einsum("kmh,ksh->kms", grad_KMH, v_KSH, preferred_element_type=jnp.float32)
+  inner_KMS -= jnp.sum(grad_KMH.astype(jnp.float32) * mixed_KMH, axis=-1, keepdims=True)
+  inner_KMS = (weights_KMS * inner_KMS / math.sqrt(q_KMH.shape[-1])).astype(q_KMH.dtype)
+  return jnp.einsum("kms,khs->kmh", inner_KMS, k_KHS), jnp.einsum("kmh,kms->khs", q_KMH, inner_KMS), to_v, None
+
+
+_block.defvjp(_block_forward, _block_gradient)
 
 
 def cached(

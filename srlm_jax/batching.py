@@ -32,7 +32,7 @@ def doubling_buckets(smallest: int, largest: int) -> tuple[int, ...]:
   return (*[s for s in sizes if s < largest], largest)
 
 
-def pad(rows: Sequence[Sequence[int]], length: int, count: int | None = None, fill: int = 0) -> np.ndarray:
+def pad(rows: Sequence[Sequence[int] | np.ndarray], length: int, count: int | None = None, fill: int = 0) -> np.ndarray:
   """int32 [count or len(rows), length], each row padded on the right with `fill`; absent rows are all `fill`."""
   out = np.full((len(rows) if count is None else count, length), fill, np.int32)
   for index, row in enumerate(rows):
@@ -50,41 +50,71 @@ def empty_row(length: int) -> dict[str, np.ndarray]:
   }
 
 
-def pack(examples: Sequence[Example], length: int, packed: bool = True) -> list[dict[str, np.ndarray]]:
-  """Lays examples into rows of `length` tokens, first fit in the given order, or one example a row.
-
-  Segments are numbered from 1 in each row and positions start again at 0, so that a segment-aware model computes the
-  same as on separate rows.  ValueError for an example that is longer than a row.
-  """
-  rows: list[dict[str, np.ndarray]] = []
-  used: list[tuple[int, int]] = []  # (tokens, segments) of each row
+def first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+  """Lays texts of these sizes into rows of `length`, first fit in the given order: which of them each row holds."""
+  rows: list[list[int]] = []
+  left: list[int] = []
   open_rows: list[int] = []
-  for example in examples:
-    size = len(example.tokens)
-    if size > length:
-      raise ValueError(f"an example of {size} tokens does not fit a row of {length}: raise the maximum length.")
-    place = next((row for row in open_rows if used[row][0] + size <= length), None) if packed else None
+  for index, size in enumerate(sizes):
+    place = next((row for row in open_rows if left[row] >= size), None)
     if place is None:
       place = len(rows)
-      rows.append(empty_row(length))
-      used.append((0, 0))
-      open_rows = (open_rows + [place])[-64:]  # A window keeps first fit linear in the number of examples.
-    start, segments = used[place]
-    row, span = rows[place], slice(start, start + size)
+      rows.append([])
+      left.append(length)
+      open_rows = (open_rows + [place])[-64:]  # A window keeps first fit linear in the number of texts.
+    rows[place].append(index)
+    left[place] -= size
+  return rows
+
+
+def row_of(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
+  """A row of `length` with these examples, one behind the other.
+
+  Segments are numbered from 1 and positions start again at 0, so that a segment-aware model computes the same as on
+  separate rows.
+  """
+  row, start = empty_row(length), 0
+  for segment, example in enumerate(examples, 1):
+    size = len(example.tokens)
+    span = slice(start, start + size)
     row["tokens"][span] = example.tokens
-    row["segments"][span] = segments + 1
+    row["segments"][span] = segment
     row["positions"][span] = np.arange(size)
     row["targets"][start + example.target_from : start + size] = True
-    used[place] = (start + size, segments + 1)
-  return rows
+    start += size
+  return row
+
+
+def pack(examples: Sequence[Example], length: int, packed: bool = True) -> list[dict[str, np.ndarray]]:
+  """Lays examples into rows of `length` tokens, or one example into each row, in the given order.
+
+  ValueError for an example that is longer than a row.
+  """
+  sizes = [len(example.tokens) for example in examples]
+  if sizes and max(sizes) > length:
+    raise ValueError(f"an example of {max(sizes)} tokens does not fit a row of {length}: raise the maximum length.")
+  rows = first_fit(sizes, length) if packed else [[index] for index in range(len(sizes))]
+  return [row_of([examples[index] for index in row], length) for row in rows]
+
+
+def examples_of(batch: Mapping[str, np.ndarray]) -> list[Example]:
+  """The examples in the rows of a batch, row by row."""
+  examples = []
+  for tokens, segments, targets in zip(batch["tokens"], batch["segments"], batch["targets"], strict=True):
+    for segment in range(1, segments.max(initial=0) + 1):
+      inside = segments == segment
+      learnt = targets[inside]
+      examples.append(Example(tuple(tokens[inside].tolist()), int(learnt.argmax()) if learnt.any() else len(learnt)))
+  return examples
 
 
 def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]:
   """The same examples in fewer and shorter rows: what a step learns from stays, what its padding costs goes.
 
   Rows get the length, a quarter, half or all of what it was, at which they hold least; examples share them as in
-  `pack`. Their number is a multiple of `unit`, and of so many units that four numbers at the most are compiled. A batch
-  that would not shrink comes back as it is. Dropout, if any, draws other masks for other shapes.
+  `pack`, and `owners` says of each token which example of the batch it belongs to, -1 for padding. The number of rows
+  is a multiple of `unit`, and of so many units that four numbers at the most are compiled. A batch that would not
+  shrink comes back as it is. Dropout, if any, draws other masks for other shapes.
 
   Args:
     batch: the fields of `pack`, [B, T] each.
@@ -92,19 +122,33 @@ def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]
   """
   count, length = batch["tokens"].shape
   unit *= -(-count // (4 * unit))
-  examples = []
-  for tokens, segments, targets in zip(batch["tokens"], batch["segments"], batch["targets"], strict=True):
-    for segment in range(1, segments.max(initial=0) + 1):
-      inside = segments == segment
-      learnt = targets[inside]
-      examples.append(Example(tuple(tokens[inside].tolist()), int(learnt.argmax()) if learnt.any() else len(learnt)))
-  examples.sort(key=lambda example: -len(example.tokens))
-  best: list[dict[str, np.ndarray]] = []
-  size = count * length
+  examples = examples_of(batch)
+  order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
+  sizes = [len(examples[index].tokens) for index in order]
+  best: list[list[int]] = []
+  area, wide = count * length, length
   for width in (length // 4, length // 2, length):
-    if examples and len(examples[0].tokens) <= width:
-      rows = pack(examples, width)
-      rows += [empty_row(width)] * (-len(rows) % unit)
-      if len(rows) * width < size:
-        best, size = rows, len(rows) * width
-  return {name: np.stack([row[name] for row in best]) for name in best[0]} if best else dict(batch)
+    if not sizes or sizes[0] > width:
+      continue
+    rows: list[list[int]] = [[order[place] for place in row] for row in first_fit(sizes, width)]
+    rows += [[] for _ in range(-len(rows) % unit)]
+    if len(rows) * width < area:
+      best, area, wide = rows, len(rows) * width, width
+  if not best:
+    return dict(batch)
+  arrays = [row_of([examples[index] for index in row], wide) for row in best]
+  owners = [np.repeat(row, [len(examples[index].tokens) for index in row]) for row in best]
+  shared = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
+  return {**shared, "owners": pad(owners, wide, fill=-1)}
+
+
+def with_places(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The batch with `places`, int32: which of its B · (T - 1) predictions, row by row, have a target.
+
+  Filled up, with a number beyond the last, to a quarter, half or three quarters of the positions, so that three
+  programs at the most are compiled for a shape; a batch with more targets comes back without.
+  """
+  same = (batch["segments"][:, 1:] == batch["segments"][:, :-1]) & (batch["segments"][:, 1:] > 0)
+  places = np.flatnonzero(batch["targets"][:, 1:] & same).astype(np.int32)
+  room = next((size for size in (same.size * part // 4 for part in (1, 2, 3)) if len(places) <= size), None)
+  return dict(batch) if room is None else {**batch, "places": pad([places], room, fill=same.size)[0]}

@@ -63,12 +63,19 @@ def batches(folder: epath.PathLike, size: int, seed: int) -> grain.MapDataset:
 class Compact:
   """Batches of rows with one example each, laid into as few and as short rows as hold them (`batching.compact`)."""
 
-  def __init__(self, source: grain.MapDataset, unit: int) -> None:
-    """`unit`: what the number of rows must be a multiple of, to divide among the devices."""
-    self._source, self._unit = source, unit
+  def __init__(self, source: grain.MapDataset, unit: int, places: bool) -> None:
+    """Compacts what `source` gives.
+
+    Args:
+      source: of batches.
+      unit: what the number of rows must be a multiple of, to divide among the devices.
+      places: whether a batch says where its targets are (`batching.with_places`): on one device, in one part.
+    """
+    self._source, self._unit, self._places = source, unit, places
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    return batching.compact(self._source[step], self._unit)
+    batch = batching.compact(self._source[step], self._unit)
+    return batching.with_places(batch) if self._places else batch
 
 
 def count(folder: epath.PathLike) -> int:

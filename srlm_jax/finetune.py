@@ -73,14 +73,13 @@ def fit(
   tokens = sum(len(example.tokens) for example in examples)
   logger.info("%s: %d examples, %d tokens in %d rows; %d steps", out.folder, len(examples), tokens, len(rows), steps)
   batches = dataset.batches(folder, section.batch, settings.seed)
+  unit = mesh.size // mesh.shape["tensor"] * section.accumulate
   model = train_loop.train(
     config=config,
     start=start,
     loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
     optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
-    batches=batches
-    if section.pack
-    else dataset.Compact(batches, mesh.size // mesh.shape["tensor"] * section.accumulate),
+    batches=batches if section.pack else dataset.Compact(batches, unit, places=mesh.size == section.accumulate == 1),
     mesh=mesh,
     folder=out.folder,
     seed=settings.seed,

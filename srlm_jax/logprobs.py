@@ -1,5 +1,7 @@
 """Log-probabilities of given tokens under a model: shifted, masked, in float32, never with the full logits at once."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -29,10 +31,11 @@ def next_token_logprobs(model: llama.Llama, hidden_BTD: jax.Array, tokens_BT: ja
     chunk: sequence positions whose logits [B, chunk, V] may exist at once; they are computed again in the backward
       pass. 0 means all.
   """
-  batch, length = tokens_BT.shape
-  steps = length - 1
-  hidden, following = hidden_BTD[:, :-1], tokens_BT[:, 1:]
-  width = hidden.shape[-1]
+  return _chunked(model, hidden_BTD[:, :-1], tokens_BT[:, 1:], chunk)
+
+
+def _chunked(model: llama.Llama, hidden: jax.Array, following: jax.Array, chunk: int) -> jax.Array:
+  batch, steps, width = hidden.shape
   if not chunk or steps <= chunk:
     return _chunk_logprobs(model, hidden.reshape(-1, width), following.reshape(-1)).reshape(batch, steps)
   count = -(-steps // chunk)
@@ -49,10 +52,47 @@ def next_token_logprobs(model: llama.Llama, hidden_BTD: jax.Array, tokens_BT: ja
   return out.swapaxes(0, 1).reshape(batch, count * chunk)[:, :steps]
 
 
+def target_logprobs(
+  model: llama.Llama, batch: Mapping[str, jax.Array], chunk: int, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """float32 [B, T-1]: log-probs of the targets, 0 elsewhere; and bool [B, T-1]: where they are.
+
+  Args:
+    model: what computes them.
+    batch: tokens, segments, positions, targets, [B, T] each. With `places` (see `batching.with_places`) logits exist
+      for the targets alone.
+    chunk: see next_token_logprobs.
+    dropout_key: turns dropout on.
+  """
+  tokens_BT = batch["tokens"]
+  hidden_BTD = model(tokens_BT, batch["positions"], batch["segments"], dropout_key=dropout_key)
+  mask_BT = target_mask(batch["targets"], batch["segments"])
+  if "places" not in batch:
+    return next_token_logprobs(model, hidden_BTD, tokens_BT, chunk) * mask_BT, mask_BT
+  places_M, width = batch["places"], hidden_BTD.shape[-1]
+  # One row of M "positions": each one's hidden state, and the token that follows it.
+  hidden_MD = jnp.take(hidden_BTD[:, :-1].reshape(-1, width), places_M, axis=0, mode="clip")
+  next_M = jnp.take(tokens_BT[:, 1:], places_M, mode="clip")
+  found_M = _chunked(model, hidden_MD[None], next_M[None], chunk * len(tokens_BT))[0]
+  flat_N = jnp.zeros(mask_BT.size).at[places_M].set(found_M, mode="drop")
+  return flat_N.reshape(mask_BT.shape), mask_BT
+
+
 def sequence_logprobs(
-  model: llama.Llama, batch: dict[str, jax.Array], chunk: int, dropout_key: jax.Array | None = None
+  model: llama.Llama,
+  batch: Mapping[str, jax.Array],
+  chunk: int,
+  dropout_key: jax.Array | None = None,
+  count: int | None = None,
 ) -> jax.Array:
-  """float32 [B]: the sum of log-probs over each row's targets, its end token included (what DPO compares)."""
-  hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], dropout_key=dropout_key)
-  logprobs_BT = next_token_logprobs(model, hidden_BTD, batch["tokens"], chunk)
-  return jnp.sum(logprobs_BT * target_mask(batch["targets"], batch["segments"]), axis=-1)
+  """float32 [count]: the sum of log-probs over each sequence's targets, its end token included (what DPO compares).
+
+  A row is a sequence, unless `owners` in the batch says which of `count` each token belongs to.
+  """
+  logprobs_BT, _ = target_logprobs(model, batch, chunk, dropout_key)
+  if "owners" not in batch:
+    return jnp.sum(logprobs_BT, axis=-1)
+  assert count is not None
+  # A masked sum instead of a scatter, which adds in any order on a GPU.
+  own_BTC = batch["owners"][:, 1:, None] == jnp.arange(count)
+  return jnp.sum(jnp.where(own_BTC, logprobs_BT[..., None], 0.0), axis=(0, 1))

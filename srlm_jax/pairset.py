@@ -31,19 +31,25 @@ def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   return {name: np.concatenate([np.stack([row[name][side] for row in rows]) for side in (0, 1)]) for name in rows[0]}
 
 
+def lean(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+  """Stacked pairs without most of their padding (`batching.compact`), and where their targets are, on one device."""
+  batch = batching.compact(batch, mesh.size // mesh.shape["tensor"])
+  return batching.with_places(batch) if mesh.size == 1 else batch
+
+
 def reference_logprobs(
   model: llama.Llama, rows: Sequence[dict[str, np.ndarray]], size: int, chunk: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
-  """float32 [pairs, 2]: log-prob of chosen and rejected under the reference, by the trainer's own pass and shapes.
+  """float32 [pairs, 2]: log-prob of chosen and rejected under the reference, by the trainer's own pass.
 
   Args:
     model: the reference, without dropout.
     rows: of `pair_row`.
-    size: pairs in a batch: the train step's, so that both run the same program shape.
+    size: pairs in a batch, as in a train step.
     chunk: see logprobs.next_token_logprobs.
     mesh: the devices.
   """
-  score = jax.jit(functools.partial(logprobs.sequence_logprobs, chunk=chunk))
+  score = jax.jit(functools.partial(logprobs.sequence_logprobs, chunk=chunk, count=2 * size))
   sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   out: list[np.ndarray] = []
   pending: jax.Array | None = None
@@ -55,7 +61,8 @@ def reference_logprobs(
 
   for start in range(0, len(rows), size):
     part = list(rows[start : start + size])
-    scored = score(model, distributed.place(stack(part + [part[-1]] * (size - len(part))), sharding))
+    batch = lean(stack(part + [part[-1]] * (size - len(part))), mesh)
+    scored = score(model, distributed.place(batch, sharding))
     if pending is not None:  # One batch late, so that the device never waits for the host.
       read(pending)
     pending = scored
@@ -74,11 +81,22 @@ def write(folder: epath.Path, rows: Sequence[dict[str, np.ndarray]], reference: 
 class Batches:
   """Batches of a written pair set as dpo_loss takes them; item k is the batch of step k."""
 
-  def __init__(self, folder: epath.Path, size: int, seed: int) -> None:
-    self._source = dataset.batches(folder, size, seed)
+  def __init__(self, folder: epath.Path, size: int, seed: int, mesh: jax.sharding.Mesh | None = None) -> None:
+    """Reads a written pair set.
+
+    Args:
+      folder: of it.
+      size: pairs in a batch.
+      seed: of the order.
+      mesh: sequences share rows where they fit (`lean`), divided over these devices; None for a row each, as a batch
+        needs that goes through the model in parts.
+    """
+    self._source, self._mesh = dataset.batches(folder, size, seed), mesh
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     batch = dict(self._source[step])
     reference = batch.pop("reference")
     sides = {name: value.swapaxes(0, 1).reshape(-1, value.shape[-1]) for name, value in batch.items()}
+    if self._mesh is not None:
+      sides = lean(sides, self._mesh)
     return {**sides, "reference_chosen": reference[:, 0], "reference_rejected": reference[:, 1]}

@@ -91,9 +91,7 @@ def init(model: llama.Llama, transform: optax.GradientTransformation) -> TrainSt
 
 def sft_loss(model: llama.Llama, batch: Batch, key: jax.Array | None, chunk: int) -> tuple[jax.Array, Metrics]:
   """Next-token loss on the targets of `batch` (tokens, segments, positions, targets: [B, T])."""
-  hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], dropout_key=key)
-  per_token_BT = logprobs.next_token_logprobs(model, hidden_BTD, batch["tokens"], chunk)
-  return losses.sft(per_token_BT, logprobs.target_mask(batch["targets"], batch["segments"]))
+  return losses.sft(*logprobs.target_logprobs(model, batch, chunk, key))
 
 
 def dpo_loss(
@@ -102,9 +100,10 @@ def dpo_loss(
   """DPO over stored reference log-probs.
 
   `batch` holds tokens, segments, positions, targets of shape [2B, T], the B chosen rows first and then the B rejected
-  ones in the same order, and reference_chosen, reference_rejected of shape [B]. One pass of one model does it all.
+  ones in the same order, and reference_chosen, reference_rejected of shape [B]; or fewer rows with `owners`, which says
+  in that numbering whose a token is. One pass of one model does it all.
   """
-  both = logprobs.sequence_logprobs(model, batch, chunk, key)
+  both = logprobs.sequence_logprobs(model, batch, chunk, key, 2 * len(batch["reference_chosen"]))
   chosen_B, rejected_B = jnp.split(both, 2)
   return losses.dpo(chosen_B, rejected_B, batch["reference_chosen"], batch["reference_rejected"], beta)
 

@@ -51,6 +51,35 @@ def test_splash_divided_over_devices_equals_the_whole(inputs: tuple[jax.Array, .
   np.testing.assert_allclose(parts[:B], whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("before", [0, 40])
+def test_blocks_of_queries_equal_xla_with_gradients(dtype: str, before: int) -> None:
+  length = 300  # Two blocks and a part of one.
+  keys = jax.random.split(jax.random.key(2), 3)
+  shapes = ((B, length, K, G, 16), (B, K, 16, before + length), (B, K, before + length, 16))
+  arrays = [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+  segments = jnp.asarray([[1] * 130 + [2] * 150 + [0] * 20, [1] * 300], jnp.int32)
+  earlier = jnp.ones((B, before), jnp.int32) if before else None
+
+  def loss(kind):
+    def summed(*qkv):
+      mixed = attention.causal(kind, *qkv, segments, earlier)
+      assert mixed.dtype == dtype
+      return jnp.sum(real(mixed.astype(jnp.float32), segments) ** 2), real(mixed, segments)
+
+    return jax.jit(jax.value_and_grad(summed, (0, 1, 2), has_aux=True))
+
+  with jax.set_mesh(tiny_model.one_device()):
+    assert "custom_vjp" in str(
+      jax.make_jaxpr(lambda *qkv: attention.causal("blocked", *qkv, segments, earlier))(*arrays)
+    )
+    ((_, found), grads), ((_, wanted), expected) = (loss(kind)(*arrays) for kind in ("blocked", "xla"))
+  loose = 1 if dtype == "float32" else 2e4
+  np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), atol=2e-6 * loose)
+  for one, other in zip(grads, expected, strict=True):
+    np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=1e-6, atol=1e-5 * loose)
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 2, 3, 100])
 def test_a_cache_in_blocks_of_rows_equals_the_whole(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
   keys = jax.random.split(jax.random.key(1), 4)

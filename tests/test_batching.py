@@ -82,6 +82,8 @@ def test_compact_keeps_every_example_and_knows_few_shapes():
     batch = stacked(batching.pack(examples, 256, packed=False))
     small = batching.compact(batch, 2)
     assert texts(small) == texts(batch)
+    for number, example in enumerate(examples if "owners" in small else ()):
+      np.testing.assert_array_equal(small["tokens"][small["owners"] == number], example.tokens)
     shapes.add(small["tokens"].shape)
     before, after = before + batch["tokens"].size, after + small["tokens"].size
   assert len(shapes) <= 8 and all(rows % 4 == 0 for rows, _ in shapes)
@@ -107,3 +109,19 @@ def test_compact_keeps_an_example_without_targets_and_several_in_a_row():
   batch = stacked([*rows, batching.empty_row(32)])
   small = batching.compact(batch, 1)
   assert small["tokens"].shape == (1, 8) and texts(small) == texts(batch)
+
+
+@pytest.mark.parametrize(("targets", "room"), [(1, 10), (10, 10), (11, 20), (30, 30), (31, None)])
+def test_places_are_where_the_targets_are(targets, room):
+  """40 predictions: quarters of them are compiled."""
+  batch = stacked(batching.pack([batching.Example((1,) * 41, 41 - targets)], 41))
+  found = batching.with_places(batch)
+  if room is None:
+    assert "places" not in found
+  else:
+    np.testing.assert_array_equal(found["places"], [*range(40 - targets, 40), *[40] * (room - targets)])
+
+
+def test_a_segments_first_token_is_no_place():
+  batch = stacked(batching.pack([batching.Example((1, 2), 0), batching.Example((3, 4), 0)], 24))
+  assert batching.with_places(batch)["places"].tolist()[:3] == [0, 2, 23]

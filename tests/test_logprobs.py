@@ -44,6 +44,33 @@ def test_sequence_logprobs_equal_a_plain_reference(model, chunk):
   np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_logits_at_the_targets_alone_give_the_same(model, chunk):
+  rows = batching.pack(EXAMPLES, 16, packed=False)
+  plain = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  lean = batching.with_places(plain)
+  assert lean["places"].shape == (len(EXAMPLES) * 15 // 4,)
+
+  def total(batch):
+    def summed(model):
+      found, mask = logprobs.target_logprobs(model, batch, chunk)
+      return found.sum(), (found, mask)
+
+    return jax.value_and_grad(summed, has_aux=True)(model)
+
+  ((_, (found, mask)), grads), ((_, (wanted, where)), expected) = total(lean), total(plain)
+  np.testing.assert_array_equal(mask, where)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-5), grads, expected)
+
+
+def test_sequences_that_share_rows_are_summed_apart(model):
+  batch = batching.compact({name: np.asarray(array) for name, array in make_batch(EXAMPLES, 16).items()}, 1)
+  assert batch["tokens"].shape == (2, 8)  # The longest alone, the others behind each other.
+  found = logprobs.sequence_logprobs(model, batch, 0, count=3)
+  np.testing.assert_allclose(found, logprobs.sequence_logprobs(model, make_batch(EXAMPLES, 9), 0), rtol=1e-5)
+
+
 def test_the_end_token_counts(model):
   whole = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11, 2), 2)], 6), 0)
   cut = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11), 2)], 6), 0)

@@ -89,6 +89,18 @@ def test_batches_keep_each_pair_and_its_reference_together(written: tuple) -> No
   assert sorted(seen) == sorted(list(range(11)) * 4)
 
 
+def test_batches_for_a_mesh_share_rows_and_keep_the_order(written: tuple) -> None:
+  folder, _, _ = written
+  apart, shared = pairset.Batches(folder, 8, 3)[0], pairset.Batches(folder, 8, 3, tiny_model.one_device())[0]
+  assert shared["tokens"].size < apart["tokens"].size and len(shared["places"]) < shared["tokens"].size
+  for row in range(16):
+    np.testing.assert_array_equal(
+      shared["tokens"][shared["owners"] == row], apart["tokens"][row][apart["segments"][row] > 0]
+    )
+  np.testing.assert_array_equal(shared["reference_rejected"], apart["reference_rejected"])
+  assert "places" not in pairset.Batches(folder, 8, 3, tiny_model.eight_devices())[0]
+
+
 def test_the_first_step_of_dpo_has_loss_log_2(written: tuple) -> None:
   folder, _, _ = written
   mesh = mesh_lib.make_mesh(fsdp=8)

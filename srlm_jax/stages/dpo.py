@@ -30,12 +30,13 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   count = pairs.manifest()["facts"]["pairs"]
   steps = train_step.count_steps(section, count)
   logger.info("%s: %d pairs, %d steps", out.folder, count, steps)
+  in_parts = section.accumulate > 1 or mesh.shape["slice"] > 1
   model = train_loop.train(
     config=modelstore.model_config(parent, settings, train=True),
     start=functools.partial(modelstore.load, parent, settings, mesh, train=True),
     loss_fn=functools.partial(train_step.dpo_loss, chunk=settings.model.logits_chunk, beta=section.beta),
     optimizer=config_lib.frozen(train_step.OptimizerConfig, {**section, "steps": steps}),
-    batches=pairset.Batches(pairs.folder / "dataset", section.batch, settings.seed),
+    batches=pairset.Batches(pairs.folder / "dataset", section.batch, settings.seed, None if in_parts else mesh),
     mesh=mesh,
     folder=out.folder,
     seed=settings.seed,
