@@ -25,7 +25,7 @@ _RESPONSE = re.compile(r"<\s*(?:/\s*)?response\s*>", re.IGNORECASE)
 _CHAT = re.compile(r"\[\s*(?:/\s*)?inst\s*\]|<\s*<\s*(?:/\s*)?sys\s*>\s*>", re.IGNORECASE)
 # How common chat formats spell special tokens, for models whose tokenizer is not ours to hold.
 _SPECIAL = re.compile(
-  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*/?\s*(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
+  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*(?:/\s*)?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
   re.IGNORECASE,
 )
 _ROUND = str.maketrans("<>[]", "()()")
