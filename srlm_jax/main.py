@@ -239,7 +239,7 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       show_steps(_CONFIG.value, workdir)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
-    elif stage == "reward":
+    elif stage == "reward" and _MODEL.value:
       show_reward(_CONFIG.value, workdir, _MODEL.value)
     else:
       run_steps(_CONFIG.value, workdir, stage)

@@ -138,7 +138,7 @@ def test_a_model_is_measured_on_the_held_out_replies(run: Run) -> None:
     "from": str(run.folder / "seed"), "sha256": run.made["seed"].digest(), "prompts": 2, "replies": 5
   }  # fmt: skip
   assert found["judging"]["votes"] == 2 and found["judging"]["sampling"]["temperature"] == 0.7
-  assert json.loads(json.dumps(found)) == {**found, "histogram": json.loads(json.dumps(found["histogram"]))}
+  assert json.loads(json.dumps(found))["metrics"] == found["metrics"]
 
 
 def test_the_table_has_the_paper_s_figures_beside(run: Run) -> None:
