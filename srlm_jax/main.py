@@ -8,6 +8,7 @@ One absl app: the stage is positional, the configuration a file with overrides.
 
 from collections.abc import Sequence
 import dataclasses
+import json
 import logging
 import pathlib
 import sys
@@ -18,7 +19,20 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, server, slices, steps
+from srlm_jax import (
+  artifacts,
+  convert,
+  distributed,
+  llama,
+  mesh as mesh_lib,
+  modelstore,
+  plan,
+  reward,
+  server,
+  slices,
+  steps,
+  tables,
+)
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -28,8 +42,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
 )
-_MODEL = flags.DEFINE_string("model", None, "For export: which model of the work directory (m0, baseline, m1, m2, …).")
-_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write.")
+_MODEL = flags.DEFINE_string(
+  "model",
+  None,
+  "For export and reward: which model of the work directory (m0, baseline, m1 …); for reward also endpoint and oracle.",
+)
+_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write; for reward: a JSON file.")
+_RUBRIC = flags.DEFINE_string("rubric", "", "For reward: another judge prompt, such as judge_five_bucket, or a path.")
+_TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in place of the run's held-out replies.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -53,6 +73,7 @@ def usage() -> str:
     "stages": "print the steps of this configuration and how far they are; do nothing",
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
+    "reward": "a judge's agreement with people's ranks: --model=m3 [--rubric=NAME] [--trees=FILE] [--out=FILE]",
     **steps.STAGES,
   }
   width = max(map(len, rows))
@@ -148,6 +169,23 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   logger.info("for --config.server.url it is served by: %s", command)
 
 
+def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str) -> None:
+  """Prints how far a judge agrees with people's ranks, beside the paper's figures; --out gets all of it as JSON."""
+  mesh = mesh_lib.make_mesh(**settings.mesh)
+  made = steps.artifacts_of(steps.plan(settings, workdir, mesh), workdir)
+  cache = steps.endpoint_cache(settings, workdir)
+  sampling = steps.sampling_mesh(settings, mesh)
+  found = reward.run(settings, made, sampling, cache, name, _RUBRIC.value, _TREES.value)
+  if not distributed.writes():
+    return
+  print(tables.markdown(reward.table(found)))
+  if _OUT.value:
+    path = _absolute(_OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    artifacts.write_whole(path, json.dumps(found, indent=1))
+    logger.info("wrote %s", path)
+
+
 def _absolute(folder: str) -> epath.Path:
   """The folder's whole path: Orbax takes no other."""
   path = epath.Path(folder)
@@ -170,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
-  valid = ["all", "stages", "plan", "export", *steps.STAGES]
+  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
@@ -181,6 +219,8 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
   if stage == "export" and not (_MODEL.value and _OUT.value):
     raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+  if stage == "reward" and not _MODEL.value:
+    raise app.UsageError("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -199,6 +239,8 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       show_steps(_CONFIG.value, workdir)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
+    elif stage == "reward" and _MODEL.value:
+      show_reward(_CONFIG.value, workdir, _MODEL.value)
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

@@ -73,6 +73,7 @@ def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
     (["judge"], {}, "--config is missing: a file such as configs/tiny.py"),
     (["judge"], {"config": SMOKE}, "--workdir is missing"),
     (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),
+    (["reward"], {"config": SMOKE, "workdir": "w"}, "reward needs --model: a finished model, endpoint, or"),
   ],
 )
 def test_what_is_missing_is_said(argv: list[str], values: dict[str, str], message: str) -> None:
