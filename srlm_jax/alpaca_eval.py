@@ -29,14 +29,23 @@ from typing import Any
 from etils import epath
 import pydantic
 
-from srlm_jax import artifacts, config as config_lib, distributed, modelstore, outside, records, rollout, sampling
+from srlm_jax import (
+  artifacts,
+  config as config_lib,
+  distributed,
+  modelstore,
+  outside,
+  records,
+  rollout,
+  sampling,
+  service,
+  templates,
+)
 
 logger = logging.getLogger(__name__)
 
 WHOLE = 805  # Instructions of AlpacaEval; length control knows how hard each is by its place.
-KEY = "OPENAI_API_KEY"
-_MARKS = re.compile(r"\{(?:instruction|input|output|output_1|output_2)\}|<\|im_(?:start|end)\|>")
-_ROUND = str.maketrans("{}<>", "()()")
+_PLACE = re.compile(r"\{(instruction|input|output|output_1|output_2)\}")
 
 
 class Row(pydantic.BaseModel):
@@ -82,8 +91,8 @@ def prompts(rows: Sequence[Row]) -> list[records.Prompt]:
 
 
 def harmless(text: str) -> str:
-  """A text whose marks of the package's prompts have round brackets."""
-  return _MARKS.sub(lambda match: match[0].translate(_ROUND), text)
+  """A text in which what the package or a judge's model would take for their own marks has round brackets."""
+  return _PLACE.sub(r"(\1)", templates.neutralise_specials(text))
 
 
 def outputs(rows: Sequence[Row], answers: Sequence[records.Response], generator: str) -> list[dict[str, str]]:
@@ -164,7 +173,7 @@ def _environment(how: Annotating, folder: pathlib.Path) -> dict[str, str]:
   if how.url:
     clients = folder / "clients.yaml"
     clients.write_text(json.dumps({"default": [{"base_url": how.url}]}))  # JSON is YAML, too.
-    environment |= {"OPENAI_CLIENT_CONFIG_PATH": str(clients), KEY: os.environ.get(KEY) or "none"}
+    environment |= {"OPENAI_CLIENT_CONFIG_PATH": str(clients), service.KEY: os.environ.get(service.KEY) or "none"}
   return environment
 
 
@@ -174,7 +183,7 @@ def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -
   if command is None:
     raise ValueError("the package alpaca_eval is not installed beside this Python: pip install -e '.[eval]'.")
   words = [command, *(f"--{name}={value}" for name, value in arguments.items())]
-  key, last = os.environ.get(KEY, ""), deque[str](maxlen=15)
+  last = deque[str](maxlen=15)
   log = folder / "log.txt"
   with (
     log.open("w", encoding="utf-8") as file,
@@ -190,7 +199,7 @@ def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -
     ) as process,
   ):
     for line in process.stdout or ():
-      shown = line.replace(key, "…") if len(key) >= 8 else line  # A message may repeat it; "none" is no secret.
+      shown = service.hidden(line)  # An error may repeat the key.
       file.write(shown)
       last.append(shown)
       distributed.progress("alpaca_eval")

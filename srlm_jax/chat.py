@@ -12,13 +12,14 @@ Llama 2 Chat is best served by "llama2": transformers 5 encodes the "[" behind t
 template without the space (29961) with which Meta's code trained it (518).
 """
 
+from collections.abc import Sequence
 import functools
 
 from srlm_jax import templates
 from srlm_jax.tokenizer import Tokenizer
 
 KINDS = ("llama2", "model", "plain")
-_MESSAGE = "Srlm7Message7Placeholder"  # Letters that no template changes or has of its own.
+_MESSAGE = "Srlm7Message{}Placeholder"  # Letters that no template changes or has of its own.
 
 
 def chat_tokens(tokenizer: Tokenizer, prompt: str, kind: str) -> list[int]:
@@ -34,43 +35,70 @@ def chat_tokens(tokenizer: Tokenizer, prompt: str, kind: str) -> list[int]:
   Raises:
     ValueError: an unknown kind, or "model" without a template that shows the message exactly once.
   """
-  text = templates.neutralise_chat(prompt).strip()
-  if kind == "llama2":
-    return [tokenizer.bos_id, *_around(tokenizer, "[INST] ", text, " [/INST]")]
-  if kind == "plain":
-    return [tokenizer.bos_id, *_around(tokenizer, "", text, "\n")]
+  return conversation_tokens(tokenizer, [prompt], kind)
+
+
+def conversation_tokens(tokenizer: Tokenizer, turns: Sequence[str], kind: str) -> list[int]:
+  """The tokens of several turns, ready for the next response to follow; of one turn, those of `chat_tokens`.
+
+  Args:
+    tokenizer: the model's.
+    turns: messages of user and assistant by turns, the first and the last the user's; all of them untrusted.
+    kind: as in `chat_tokens`. "llama2" is Meta's form, `[INST] a [/INST] b </s><s>[INST] c [/INST]`; in "plain" each
+      exchange is what one is in training, begin and end token included.
+
+  Raises:
+    ValueError: as `chat_tokens`, or an even number of turns.
+  """
+  if len(turns) % 2 == 0:
+    raise ValueError(f"{len(turns)} turns: the first and the last must be the user's. Leave out the last answer.")
+  texts = [templates.neutralise_chat(turn).strip() for turn in turns]
   if kind == "model":
-    before, after = _own_template(tokenizer)
-    return _around(tokenizer, before, text, after)
-  raise ValueError(f"unknown chat template {kind!r}: choose one of {', '.join(KINDS)}.")
+    return _spliced(tokenizer, _own_template(tokenizer, len(texts)), texts)
+  if kind not in KINDS:
+    raise ValueError(f"unknown chat template {kind!r}: choose one of {', '.join(KINDS)}.")
+  ids = []
+  for place, text in enumerate(texts):
+    if place % 2 == 0:
+      before, after = ("[INST] ", " [/INST]") if kind == "llama2" else ("", "\n")
+      ids += [tokenizer.bos_id, *_spliced(tokenizer, (before, after), [text])]
+    else:
+      answer = going_on(tokenizer, f" {text} ", trusted=False) if kind == "llama2" else tokenizer.encode(text)
+      ids += [*answer, tokenizer.eos_id]
+  return ids
 
 
-@functools.lru_cache(maxsize=4)
-def _own_template(tokenizer: Tokenizer) -> tuple[str, str]:
-  """What the folder's template has before the message, and what it has behind it."""
+@functools.lru_cache(maxsize=16)
+def _own_template(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
+  """What the folder's template has before, between and behind so many messages."""
   if tokenizer.chat_template is None:
     raise ValueError(
       "chat kind 'model': the tokenizer has no chat template; choose 'llama2' or 'plain', or add the file."
     )
-  rendered = tokenizer.chat_template(_MESSAGE)
-  if (count := rendered.count(_MESSAGE)) != 1:
-    raise ValueError(
-      f"chat kind 'model': the chat template shows the user's message {count} times, once is needed. "
-      "Choose 'llama2' or 'plain', or mend the template."
-    )
-  before, after = rendered.split(_MESSAGE)
-  return before, after
+  messages = [_MESSAGE.format(place) for place in range(count)]
+  rest, parts = tokenizer.chat_template(*messages), []
+  for place, message in enumerate(messages):
+    who = "the user's message" if count == 1 else f"message {place + 1} of {count}"
+    if (times := rest.count(message)) != 1:
+      raise ValueError(
+        f"chat kind 'model': the chat template shows {who} {times} times, once is needed, in their order. "
+        "Choose 'llama2' or 'plain', or mend the template."
+      )
+    before, rest = rest.split(message)
+    parts.append(before)
+  return (*parts, rest)
 
 
-def _around(tokenizer: Tokenizer, before: str, text: str, after: str) -> list[int]:
-  """Ids of the trusted `before`, the untrusted `text` and the trusted `after`."""
-  if before.endswith(" "):
-    before, text = before[:-1], " " + text
-  return [
-    *tokenizer.encode_trusted(before),
-    *going_on(tokenizer, text, trusted=False, first=not before),
-    *going_on(tokenizer, after, trusted=True),
-  ]
+def _spliced(tokenizer: Tokenizer, trusted: Sequence[str], texts: Sequence[str]) -> list[int]:
+  """Ids of trusted and untrusted texts by turns; of the trusted ones there is one more."""
+  ids: list[int] = []
+  for before, text in zip(trusted, texts, strict=False):
+    first = not ids
+    if before.endswith(" "):
+      before, text = before[:-1], " " + text
+    ids += tokenizer.encode_trusted(before) if first else going_on(tokenizer, before, trusted=True)
+    ids += going_on(tokenizer, text, trusted=False, first=first and not before)
+  return [*ids, *going_on(tokenizer, trusted[-1], trusted=True)]
 
 
 def going_on(tokenizer: Tokenizer, text: str, trusted: bool, first: bool = False) -> list[int]:

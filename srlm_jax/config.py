@@ -106,11 +106,27 @@ def base() -> config_dict.ConfigDict:
     timeout=600.0,  # Seconds of one try.
   )
 
+  # A judge behind an OpenAI-compatible endpoint, for evaluate.grader="endpoint" and `srlm reward --model=endpoint`; its
+  # key is read from OPENAI_API_KEY alone. Each sample is a request.
+  c.endpoint = dict(
+    url="",  # https://HOST/PATH, as openai's base_url; without a path, /v1.
+    model="",  # Its name there.
+    concurrency=8,  # Requests of each process on their way at once.
+    retries=5,  # As server.retries.
+    timeout=120.0,  # Seconds of one try.
+    requests_per_minute=0.0,  # Of each process, tries included; 0: no limit.
+    price_in=0.0,  # Of a million tokens of prompts, for the costs that are shown; in any currency.
+    price_out=0.0,  # The same of replies.
+    limit="max_tokens",  # What it calls the longest reply; newer models of OpenAI want "max_completion_tokens".
+    cache="",  # Folder of paid replies, on a local disk; "": endpoint/ in the work directory.
+  )
+
   c.evaluate = dict(
     samples=1,  # unstated: answers to each prompt.
     sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),
-    grader="judge",  # "oracle": the world's ground truth; "judge": pairwise, by the model `judge`; "none".
-    judge="m1",
+    # "oracle": the world's ground truth; pairwise: "judge", the model `judge`, or "endpoint", the one there; "none".
+    grader="judge",
+    judge="m1",  # A model of the run, or the path (with a "/") of another one's Hugging Face folder.
     pairwise="pairwise",  # Template of the pairwise judge.
   )
 
@@ -121,7 +137,7 @@ def base() -> config_dict.ConfigDict:
     url="",  # An OpenAI-compatible server that judges; "": OpenAI's. A key is read from OPENAI_API_KEY alone.
   )
   c.mt_bench = dict(
-    judge="m1",  # A model of the run. The paper's is GPT-4.
+    judge="m1",  # A model of the run, or "endpoint". The paper's is GPT-4.
     templates="mt_bench",  # Of rating: this and three more, see mt_bench.load_prompts; or a path.
   )
   return c

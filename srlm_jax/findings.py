@@ -74,6 +74,12 @@ def duel_facts(measured: Measured) -> dict[tuple[str, str], Mapping[str, Any]]:
   }
 
 
+def judges(measured: Measured) -> str:
+  """Who decided the duels, by what the evaluations say; "" where they do not."""
+  names = [found["judge"] for found in duel_facts(measured).values() if "judge" in found]
+  return " and ".join(label(name) for name in dict.fromkeys(names))
+
+
 def duels_table(measured: Measured, grader: str) -> Table:
   """Head to head, beside the paper's."""
   rows = []
@@ -92,8 +98,16 @@ def duels_table(measured: Measured, grader: str) -> Table:
       )
     )
   columns = ("", "win, %", "tie, %", "loss, %", "win − loss", "comparisons", "unreadable", "win", "tie", "loss")
-  who = {"oracle": "the world's oracle", "judge": "a judge model, each pair in both orders"}.get(grader, grader)
-  note = f"Decided by {who}; the paper's by GPT-4 on 256 prompts. An interval that does not hold 0 is a difference."
+  who = judges(measured) or {"oracle": "the world's oracle", "judge": "a judge model"}.get(grader, grader)
+  orders = "" if grader == "oracle" else ", each pair in both orders, a disagreement being a tie"
+  note = f"Decided by {who}{orders}; the paper's by GPT-4 on 256 prompts. "
+  note += "An interval that does not hold 0 is a difference."
+  if spent := [facts["endpoint"] for facts in measured.values() if "endpoint" in facts]:
+    replies, tokens_in, tokens_out, cost = (
+      sum(one[key] for one in spent) for key in ("replies", "tokens_in", "tokens_out", "cost")
+    )
+    price = f", cost {cost:,.2f}" if cost else ""
+    note += f" {replies:,} verdicts of the endpoint: {tokens_in:,} tokens in, {tokens_out:,} out{price}."
   return Table("duels", "Head to head", columns, tuple(rows), note, paper=(7, 8, 9))
 
 

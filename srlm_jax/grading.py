@@ -1,9 +1,9 @@
-"""Which of two answers is better: by the world's oracle, or by a judge model that sees both orders (paper §3.2)."""
+"""Which of two answers is better: by the world's oracle, or by a judge that sees both orders (paper §3.2)."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from srlm_jax import generator, metrics, records, rollout, sampling, templates, world
+from srlm_jax import metrics, records, rollout, sampling, templates, world
 
 Outcomes = list[list[int]]  # Per prompt: +1 the first is better, 0 a tie, -1 the second.
 Pair = tuple[records.Response, records.Response]
@@ -37,36 +37,36 @@ def by_oracle(pairs: Sequence[Pair]) -> list[records.Duel]:
   ]
 
 
+def questions(pairs: Sequence[Pair], against: str, template: templates.Pairwise) -> list[rollout.Question]:
+  """What a judge is asked about each pair: first ours as A, then ours as B. `against` names the second model."""
+  return [
+    rollout.Question(f"duel {against} {order} {ours.prompt_id} {ours.sample}", (template.fill(ours.prompt, *texts),))
+    for ours, theirs in pairs
+    for order, texts in enumerate(((ours.text, theirs.text), (theirs.text, ours.text)))
+  ]
+
+
 def by_judge(
-  speaker: rollout.Speaker, pairs: Sequence[Pair], against: str, template: templates.Pairwise, how: sampling.Sampling
+  judge: rollout.Judge, pairs: Sequence[Pair], against: str, template: templates.Pairwise, how: sampling.Sampling
 ) -> list[records.Duel]:
-  """Duels decided by a judge model, each pair in both orders, a disagreement being a tie.
+  """Duels decided by a judge, each pair in both orders, a disagreement being a tie.
 
   Args:
-    speaker: the judge.
+    judge: decides.
     pairs: answers side by side.
     against: name of the second model: it names the draws, so that those of other duels are others.
     template: the judge's prompt.
     how: sampling of verdicts.
   """
-  engine = speaker.generator(how)
-  requests = []
-  for ours, theirs in pairs:
-    for order, (a, b) in enumerate(((ours, theirs), (theirs, ours))):
-      tokens = speaker.chat(template.fill(ours.prompt, a.text, b.text))
-      requests.append(generator.Request(f"duel {against} {order} {ours.prompt_id} {ours.sample}", tokens, 1))
-  fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
-  completions = {request.name: completion for request, (completion,) in engine.generate(fitting)}
+  replies = judge.ask(questions(pairs, against, template), how)
   duels = []
-  for (ours, _), *both in zip(pairs, requests[::2], requests[1::2], strict=True):
-    texts, verdicts = [], []
-    for completion in (completions.get(request.name) for request in both):
-      texts.append(speaker.tokenizer.decode(completion.tokens) if completion else "")
-      # One that the length limit cut has not come to its verdict.
-      verdicts.append(templates.parse_verdict(texts[-1]) if completion and completion.finished else None)
+  for (ours, _), *both in zip(pairs, replies[::2], replies[1::2], strict=True):
+    first, second = (found[0] if found else rollout.Reply("", False) for found in both)
+    # One that the length limit cut has not come to its verdict.
+    verdicts = [templates.parse_verdict(one.text) if one.finished else None for one in (first, second)]
     outcome = metrics.both_orders(*verdicts)
     duels.append(
-      records.Duel(prompt_id=ours.prompt_id, sample=ours.sample, outcome=outcome, verdicts=(texts[0], texts[1]))
+      records.Duel(prompt_id=ours.prompt_id, sample=ours.sample, outcome=outcome, verdicts=(first.text, second.text))
     )
   return duels
 

@@ -43,7 +43,7 @@ def label(name: str) -> str:
   """A model's name as it is shown: "M2" for "m2", "SFT baseline" for "baseline"; other names as they are."""
   if name.startswith("m") and name[1:].isdigit():
     return name.upper()
-  return {"baseline": "SFT baseline", "writer": "prompt writer"}.get(name, name)
+  return {"baseline": "SFT baseline", "writer": "prompt writer", "judge": "outside judge"}.get(name, name)
 
 
 def _data(artifact: artifacts.Artifact) -> str:

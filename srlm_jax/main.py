@@ -10,6 +10,7 @@ benchmark from outside has two words.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import json
 import logging
 import pathlib
 import sys
@@ -31,9 +32,11 @@ from srlm_jax import (
   mt_bench,
   outside,
   plan,
+  reward,
   server,
   slices,
   steps,
+  tables,
 )
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
@@ -45,9 +48,16 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
 )
 _MODEL = flags.DEFINE_string(
-  "model", None, "For export and benchmarks: which model of the work directory (m0, baseline, m1, m2, …)."
+  "model",
+  None,
+  "For export, reward and benchmarks: which model of the work directory (m0, baseline, m1 …); for reward also endpoint "
+  "and oracle.",
 )
-_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder, or the file, to write.")
+_OUT = flags.DEFINE_string(
+  "out", None, "For export: the Hugging Face folder, or the file, to write; for reward: a JSON file."
+)
+_RUBRIC = flags.DEFINE_string("rubric", "", "For reward: another judge prompt, such as judge_five_bucket, or a path.")
+_TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in place of the run's held-out replies.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "For benchmarks: the file of prompts, in the benchmark's own format.")
 _REFERENCES = flags.DEFINE_string("references", None, "For benchmarks: a file of answers to compare with.")
 _DTYPE = flags.DEFINE_enum(
@@ -101,6 +111,7 @@ def usage() -> str:
     "stages": "print the steps of this configuration and how far they are; do nothing",
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
+    "reward": "a judge's agreement with people's ranks: --model=m3 [--rubric=NAME] [--trees=FILE] [--out=FILE]",
     **steps.STAGES,
     **{words: command.what for words, command in COMMANDS.items()},
   }
@@ -198,8 +209,9 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
   for artifact in models.values():
     artifact.check_config()
   paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
+  cache = steps.endpoint_cache(settings, workdir)
   with jax.set_mesh(sampling):
-    COMMANDS[words].run(outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths))
+    COMMANDS[words].run(outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache))
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
@@ -213,6 +225,23 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
   command = server.serve_command(folder, modelstore.served_name(made[name]))
   logger.info("for --config.server.url it is served by: %s", command)
+
+
+def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str) -> None:
+  """Prints how far a judge agrees with people's ranks, beside the paper's figures; --out gets all of it as JSON."""
+  mesh = mesh_lib.make_mesh(**settings.mesh)
+  made = steps.artifacts_of(steps.plan(settings, workdir, mesh), workdir)
+  cache = steps.endpoint_cache(settings, workdir)
+  sampling = steps.sampling_mesh(settings, mesh)
+  found = reward.run(settings, made, sampling, cache, name, _RUBRIC.value, _TREES.value)
+  if not distributed.writes():
+    return
+  print(tables.markdown(reward.table(found)))
+  if _OUT.value:
+    path = _absolute(_OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    artifacts.write_whole(path, json.dumps(found, indent=1))
+    logger.info("wrote %s", path)
 
 
 def _absolute(folder: str) -> epath.Path:
@@ -238,7 +267,7 @@ def main(argv: Sequence[str]) -> None:
   second = {words.split()[0] for words in COMMANDS}
   if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
     raise app.UsageError(f"exactly one stage is wanted, got {stage or 'none'}.")
-  valid = ["all", "stages", "plan", "export", *steps.STAGES, *COMMANDS]
+  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES, *COMMANDS]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
@@ -249,6 +278,8 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
   if stage == "export" and not (_MODEL.value and _OUT.value):
     raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+  if stage == "reward" and not _MODEL.value:
+    raise app.UsageError("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
   missing = [f"--{name}" for name in COMMANDS[stage].needs if not flags.FLAGS[name].value] if stage in COMMANDS else []
   if missing:
     raise app.UsageError(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
@@ -272,6 +303,8 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       measure(_CONFIG.value, workdir, stage)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
+    elif stage == "reward":
+      show_reward(_CONFIG.value, workdir, _MODEL.value)
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

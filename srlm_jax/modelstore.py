@@ -22,6 +22,7 @@ from srlm_jax import (
   rollout,
   sampling,
   server,
+  service,
   tokenizer,
 )
 
@@ -105,9 +106,9 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
   words = load_tokenizer(artifact)
   engine: Callable[[sampling.Sampling, int], rollout.Engine]
   if settings.server.url:
-    service = config_lib.frozen(server.Service, settings.server)
+    how = config_lib.frozen(service.Service, settings.server)
     rows = checkpoint.read_model_config(artifact.folder).vocab_size
-    engine = server.connect(service, served_name(artifact), words, rows, settings.seed)
+    engine = server.connect(how, served_name(artifact), words, rows, settings.seed)
   else:
     engine = _generators(artifact, settings, mesh, words)
   return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)

@@ -9,7 +9,7 @@ FastChat takes the first `[[rating]]` of a judge's text, ours the last, as a jud
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 import functools
 import logging
@@ -17,9 +17,22 @@ import time
 from typing import Any
 
 from etils import epath
+import jax
 import pydantic
 
-from srlm_jax import artifacts, distributed, metrics, modelstore, outside, records, rollout, sampling, templates
+from srlm_jax import (
+  artifacts,
+  distributed,
+  endpoint,
+  mesh as mesh_lib,
+  metrics,
+  modelstore,
+  outside,
+  records,
+  rollout,
+  sampling,
+  templates,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -274,24 +287,45 @@ def _answered(run: outside.Run, questions: Sequence[Question]) -> artifacts.Arti
   return out
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rater:
+  """Who rates: a name in words, what loads the judge, and its part of the artifact's configuration and inputs."""
+
+  name: str
+  load: Callable[[], rollout.Judge]
+  config: Mapping[str, Any]
+  inputs: Mapping[str, artifacts.Artifact]
+
+
+def _rater(run: outside.Run) -> _Rater:
+  """The judge that mt_bench.judge names; ValueError where it cannot be asked."""
+  name, settings = run.settings.mt_bench.judge, run.settings
+  if name != "endpoint":
+    judge = run.finished(name)
+    return _Rater(name, functools.partial(modelstore.speaker, judge, settings, run.mesh), {}, {"judge": judge})
+  terms = endpoint.terms(settings.endpoint)
+  endpoint.check_local(run.cache)
+  asked = {"endpoint.url": settings.endpoint.url, "endpoint.model": settings.endpoint.model}
+  return _Rater(terms.name, functools.partial(endpoint.connect, terms, run.cache), asked, {})
+
+
 def _rated(
-  run: outside.Run, answers: artifacts.Artifact, questions: Sequence[Question], given: Sequence[Given], prompts: Prompts
+  run: outside.Run, rater: _Rater, prompts: Prompts, answers: artifacts.Artifact, questions: Sequence[Question]
 ) -> artifacts.Artifact:
   """The judge's ratings of all answers."""
-  settings, name = run.settings, run.settings.mt_bench.judge
-  how = dataclasses.replace(sampling.Sampling(**settings.judge.sampling), temperature=0.0)  # FastChat's.
-  judge = run.finished(name)
-  config = {"judge.sampling": dataclasses.asdict(how), "prompts of rating (SHA-256)": prompts.digest}
-  out = run.artifact(
-    f"mt_bench/{run.model}/rated_by_{name}", config, ("prompts", "references"), answers=answers, judge=judge
-  )
+  settings, given = run.settings, list(answers.read_shards("answers", Given))
+  how = dataclasses.replace(sampling.Sampling(**settings.judge.sampling), temperature=0.0, top_p=1.0)  # FastChat's.
+  config = {"judge.sampling": dataclasses.asdict(how), "prompts of rating (SHA-256)": prompts.digest, **rater.config}
+  place = f"mt_bench/{run.model}/rated_by_{settings.mt_bench.judge}"
+  out = run.artifact(place, config, ("prompts", "references"), answers=answers, **rater.inputs)
   out.begin()
   if out.done:
     return out
-  load = functools.partial(modelstore.speaker, judge, settings, run.mesh)
+  # An endpoint computes elsewhere: processes share the shards out.
+  mesh = run.mesh if rater.inputs else mesh_lib.make_mesh(devices=jax.local_devices())
   work = functools.partial(rate, prompts=prompts, how=how)
   pairs = list(zip(questions, given, strict=True))
-  artifacts.map_shards(out, "ratings", pairs, settings.generation.shard, run.mesh, load, work)
+  artifacts.map_shards(out, "ratings", pairs, settings.generation.shard, mesh, rater.load, work)
   out.commit({"ratings": sum(len(one.turns) for one in given)})
   return out
 
@@ -299,11 +333,11 @@ def _rated(
 def evaluate(run: outside.Run) -> None:
   """Answers, rates, and keeps the figures: `srlm evaluate mt-bench`."""
   questions = read_questions(run.files["prompts"], run.files.get("references"))
-  prompts = load_prompts(run.settings.mt_bench.templates)
+  prompts, rater = load_prompts(run.settings.mt_bench.templates), _rater(run)  # Both are checked before any work.
   answers = _answered(run, questions)
   given = list(answers.read_shards("answers", Given))
-  ratings = list(_rated(run, answers, questions, given, prompts).read_shards("ratings", Rated))
-  facts = {"judge": run.settings.mt_bench.judge, **summary(questions, given, ratings)}
+  ratings = list(_rated(run, rater, prompts, answers, questions).read_shards("ratings", Rated))
+  facts = {"judge": rater.name, **summary(questions, given, ratings)}
   path = outside.save(run, "mt_bench", facts)
   means = {part: _shown(found) for part, found in facts["means"].items()}
   logger.info(

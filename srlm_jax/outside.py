@@ -31,6 +31,7 @@ class Run:
     models: its finished models by name.
     model: the name of the one that is measured.
     files: those that the command line names: "prompts", "references", "out".
+    cache: the folder in which an endpoint's replies are kept.
   """
 
   settings: config_dict.ConfigDict
@@ -39,6 +40,7 @@ class Run:
   models: Mapping[str, artifacts.Artifact]
   model: str
   files: Mapping[str, epath.Path]
+  cache: epath.Path
 
   def __post_init__(self) -> None:
     for flag, path in self.read.items():

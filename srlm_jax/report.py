@@ -46,8 +46,8 @@ UNSTATED = (
   ),
 )
 MACHINE = (
-  *("seed", "mesh.", "generation.", "server.", "tokenizer", "base.path", "prompts.path", "prompts.per_round"),
-  "alpaca_eval.url",
+  *("seed", "mesh.", "generation.", "server.", "endpoint.", "tokenizer"),
+  *("base.path", "prompts.path", "prompts.per_round", "alpaca_eval.url"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
@@ -129,6 +129,7 @@ def run_facts(finished: Finished, settings: config_dict.ConfigDict, planned: int
   grader = {
     "oracle": "the world's oracle",
     "judge": f"{lineage.label(settings.evaluate.judge)} as pairwise judge",
+    "endpoint": f"{settings.endpoint.model} at {settings.endpoint.url}, as pairwise judge",
     "none": "nobody",
   }
   return (

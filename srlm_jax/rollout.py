@@ -31,6 +31,36 @@ class Engine(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Question:
+  """What a judge is asked.
+
+  Attributes:
+    name: seeds the draws; no two questions that are asked together have the same.
+    turns: messages of user and assistant in turn, the first and the last the user's.
+    samples: how many replies are wanted.
+  """
+
+  name: str
+  turns: tuple[str, ...]
+  samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """One answer: its text, and whether it ended by itself and not by the length limit."""
+
+  text: str
+  finished: bool
+
+
+class Judge(Protocol):
+  """Who answers judge prompts: a model here (`Speaker`), or one behind an endpoint (`endpoint.Endpoint`)."""
+
+  def ask(self, questions: Sequence[Question], how: sampling.Sampling) -> list[list[Reply]]:
+    """The replies to each question, in their order; an empty list where the question is too long for the judge."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Speaker:
   """A model with all that turns texts into its tokens and back.
 
@@ -56,6 +86,24 @@ class Speaker:
   def chat(self, text: str) -> tuple[int, ...]:
     """The prompt tokens of an instruction in the chat template."""
     return tuple(chat.chat_tokens(self.tokenizer, text, self.chat_kind))
+
+  def ask(self, questions: Sequence[Question], how: sampling.Sampling) -> list[list[Reply]]:
+    """The model's replies to each question (see `Judge`); ValueError where two questions have one name."""
+    if len({one.name for one in questions}) < len(questions):
+      raise ValueError("two questions have the same name, which would give them the same draws: give each its own.")
+    engine = self.generator(how)
+    requests = [
+      generator.Request(
+        one.name, tuple(chat.conversation_tokens(self.tokenizer, one.turns, self.chat_kind)), one.samples
+      )
+      for one in questions
+    ]
+    fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
+    found = {
+      request.name: [Reply(self.tokenizer.decode(one.tokens), one.finished) for one in completions]
+      for request, completions in engine.generate(fitting)
+    }
+    return [found.get(request.name, []) for request in requests]
 
 
 def answer(
@@ -153,51 +201,59 @@ def score_options(words: Tokenizer, rubric: templates.Rubric) -> tuple[tuple[int
   return heads.pop(), options
 
 
-def judge(speaker: Speaker, candidates: Sequence[Candidate], judging: Judging) -> list[records.Judgement]:
-  """Judges each candidate, in the order of the candidates.
-
-  A judge prompt that is too long is not cut: its votes are unreadable, with the reason "too_long".
-  """
-  engine = speaker.generator(judging.how)
-  requests = []
-  for candidate in candidates:
-    tokens = speaker.chat(judging.rubric.fill(candidate.instruction, candidate.response))
-    name = f"judge {judging.rubric.digest} {candidate.prompt_id} {candidate.sample}"
-    requests.append(generator.Request(name, tokens, judging.votes))
-  fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
-  if judging.method == "expected":
-    by_name = _expected(speaker, judging.how, fitting, judging.rubric)
-  else:
-    by_name = _sampled(speaker, engine, fitting, judging.rubric)
-  too_long = [records.Vote(text="", score=None, reason="too_long")] * judging.votes
+def questions(candidates: Sequence[Candidate], judging: Judging) -> list[Question]:
+  """What a judge is asked about each candidate."""
+  rubric = judging.rubric
   return [
-    tally(candidate, by_name.get(request.name, too_long), judging.min_votes)
-    for candidate, request in zip(candidates, requests, strict=True)
+    Question(
+      f"judge {rubric.digest} {one.prompt_id} {one.sample}",
+      (rubric.fill(one.instruction, one.response),),
+      judging.votes,
+    )
+    for one in candidates
   ]
 
 
-def _sampled(
-  speaker: Speaker, engine: Engine, requests: Sequence[generator.Request], rubric: templates.Rubric
-) -> dict[str, list[records.Vote]]:
-  return {
-    request.name: [
-      read_vote(speaker.tokenizer.decode(completion.tokens), completion.finished, rubric) for completion in completions
+def judge(judge: Judge, candidates: Sequence[Candidate], judging: Judging) -> list[records.Judgement]:
+  """Judges each candidate, in the order of the candidates.
+
+  A judge prompt that is too long is not cut: its votes are unreadable, with the reason "too_long".
+
+  Raises:
+    ValueError: expected scores are asked of a judge that is no `Speaker`.
+  """
+  asked = questions(candidates, judging)
+  if judging.method == "expected":
+    votes = _expected(judge, judging.how, asked, judging.rubric)
+  else:
+    votes = [
+      [read_vote(reply.text, reply.finished, judging.rubric) for reply in replies]
+      for replies in judge.ask(asked, judging.how)
     ]
-    for request, completions in engine.generate(requests)
-  }
+  too_long = [records.Vote(text="", score=None, reason="too_long")] * judging.votes
+  return [
+    tally(candidate, found or too_long, judging.min_votes) for candidate, found in zip(candidates, votes, strict=True)
+  ]
 
 
 def _expected(
-  speaker: Speaker, how: sampling.Sampling, requests: Sequence[generator.Request], rubric: templates.Rubric
-) -> dict[str, list[records.Vote]]:
-  head, options = score_options(speaker.tokenizer, rubric)
+  judge: Judge, how: sampling.Sampling, questions: Sequence[Question], rubric: templates.Rubric
+) -> list[list[records.Vote]]:
+  """One vote on each question from the probabilities of the scores; none where the question is too long."""
+  if not isinstance(judge, Speaker):
+    raise ValueError(
+      "judge.method='expected' needs the probabilities of all scores, which an endpoint does not give: set it to "
+      "'sampled'."
+    )
+  head, options = score_options(judge.tokenizer, rubric)
   # Room for the head is part of max_new, which is larger than it.
-  longer = [dataclasses.replace(request, tokens=request.tokens + head, samples=1) for request in requests]
-  engine = speaker.engine(how, speaker.max_length - how.max_new + len(head))
+  longest = judge.generator(how).max_prompt
+  tokens = {one.name: judge.chat(one.turns[0]) for one in questions}
+  requests = [generator.Request(name, ids + head, 1) for name, ids in tokens.items() if len(ids) <= longest]
   found = {}
-  for request, probs in engine.option_probs(longer, list(options)):
+  for request, probs in judge.engine(how, longest + len(head)).option_probs(requests, list(options)):
     weights, scores = np.asarray(probs, np.float64), np.asarray(list(options.values()), np.float64)
     # Four decimals: the seventh depends on how many prompts went through the model at once.
     score = round(float(np.clip(weights @ scores / weights.sum(), rubric.low, rubric.high)), 4)
     found[request.name] = [records.Vote(text=f"Score: {score:.4f} (expected)", score=score)]
-  return found
+  return [found.get(one.name, []) for one in questions]

@@ -10,22 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
-import importlib.util
 import logging
-import os
 from typing import Any
-import urllib.parse
 
 import numpy as np
 import pydantic
 
 from srlm_jax import chat, distributed, sampling as sampling_lib
 from srlm_jax.generator import Completion, Request, row_key
+from srlm_jax.service import Service, wrong
 from srlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-KEY = "OPENAI_API_KEY"  # In the environment alone: a configuration is written down and shown.
 
 
 class _Choice(pydantic.BaseModel):
@@ -42,64 +38,6 @@ class _Answer(pydantic.BaseModel):
 
   data: list[dict[str, Any]] = []
   choices: list[_Choice] = []
-
-
-@dataclasses.dataclass(frozen=True)
-class Service:
-  """Where the servers are and how they are asked: the configuration's section `server`, which says more."""
-
-  url: str
-  model: str
-  concurrency: int
-  retries: int
-  timeout: float
-
-  def __post_init__(self) -> None:
-    if not importlib.util.find_spec("openai"):
-      raise ValueError("server.url needs the package openai, which is not installed: pip install -e '.[server]'.")
-    for parts in map(urllib.parse.urlsplit, self.urls):
-      if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:  # It may hold a password.
-        raise ValueError(f"server.url must be http://HOST:PORT, or several with commas between; a key goes into {KEY}.")
-    if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-      found = f"server.concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}"
-      raise ValueError(f"{found}: they must be at least 1, at least 0, and above 0.")
-
-  @property
-  def urls(self) -> list[str]:
-    """Each server's address, with the /v1 that may be left out."""
-    return [f"{url.strip().rstrip('/').removesuffix('/v1')}/v1" for url in self.url.split(",")]
-
-  def client(self, url: str) -> Any:
-    """An openai.OpenAI, which retries after no answer, a time-out, or status 408, 409, 429 or 5xx."""
-    import openai  # An extra, which nothing else needs.
-
-    timeout = openai.Timeout(self.timeout, connect=min(self.timeout, 10.0))
-    key = os.environ.get(KEY) or "none"
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=self.retries, timeout=timeout)
-
-  def ask(self, url: str, call: Callable[[], Any]) -> _Answer:
-    """What a raw call of a client brings; ValueError, which never shows the key, where that is of no use."""
-    import openai
-
-    try:
-      return _Answer.model_validate_json(call().content)
-    except pydantic.ValidationError as error:
-      first = error.errors()[0]
-      raise _wrong(url, f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}") from None
-    except openai.APIStatusError as error:
-      said, remedy = error.message, "It will not take this another time either: see its log and its limits."
-      if error.status_code in (401, 403):
-        remedy = f"Give its key in the environment variable {KEY}."
-      elif error.status_code in (408, 409, 429) or error.status_code >= 500:
-        remedy = f"server.retries={self.retries} did not help: see its log, lower server.concurrency, and start again."
-    except openai.APIConnectionError as error:
-      said, remedy = error.message, f"server.retries={self.retries} did not help: is it there? And see server.timeout."
-    key = os.environ.get(KEY)  # A server may repeat what it was sent.
-    raise ValueError(f"{url}: {(said.replace(key, '…') if key else said)[:500]} {remedy}")
-
-
-def _wrong(url: str, what: str) -> ValueError:
-  return ValueError(f"{url} gave an answer that cannot be used: {what}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,12 +113,12 @@ class Server:
       seed=int(row_key(self.seed, request.name, 0)[0]) >> 1,  # 31 bits; vLLM adds the sample's number.
       extra_body=extra | stop,
     )
-    choices = sorted(self.service.ask(self.url, call).choices, key=lambda choice: choice.index)
+    choices = sorted(self.service.ask(self.url, call, _Answer).choices, key=lambda choice: choice.index)
     if [choice.index for choice in choices] != list(range(count)):
-      raise _wrong(self.url, f"{len(choices)} choices where {count} were asked for")
+      raise wrong(self.url, f"{len(choices)} choices where {count} were asked for")
     without_ids = sum(choice.token_ids is None for choice in choices)
     if without_ids not in (0, count):
-      raise _wrong(self.url, f"{without_ids} of {count} choices without token_ids")
+      raise wrong(self.url, f"{without_ids} of {count} choices without token_ids")
     texts = [self._ids(choice, request, max(limits)) for choice in choices] * (request.samples // count)
     counts = Counter(texts=len(texts), without_ids=len(texts) if without_ids else 0)
     return [self._cut(ids[:limit]) for ids, limit in zip(texts, limits, strict=True)], counts
@@ -201,21 +139,21 @@ class Server:
     eos, ids, ended = self.words.eos_id, choice.token_ids, choice.finish_reason == "stop"
     at_string = isinstance(choice.stop_reason, str)
     if choice.finish_reason not in ("stop", "length"):
-      raise _wrong(self.url, f"finish_reason {choice.finish_reason!r}")
+      raise wrong(self.url, f"finish_reason {choice.finish_reason!r}")
     if ids is None:
       return [*chat.going_on(self.words, choice.text, trusted=False), *([eos] if ended and not at_string else [])]
     if choice.prompt_token_ids not in (None, list(request.tokens)):
-      raise _wrong(self.url, f"the prompt that it continued is not the one that it was sent, {request.name!r}")
+      raise wrong(self.url, f"the prompt that it continued is not the one that it was sent, {request.name!r}")
     if ended and not at_string and ids[-1:] != [eos]:
       if isinstance(choice.stop_reason, int) and choice.stop_reason != eos:  # One that our own sampler goes on behind.
         remedy = f"leave {eos} alone as eos_token_id in config.json and generation_config.json of the served folder"
-        raise _wrong(self.url, f"a text ended with {choice.stop_reason}, the end token is {eos}; {remedy}")
+        raise wrong(self.url, f"a text ended with {choice.stop_reason}, the end token is {eos}; {remedy}")
       ids = [*ids, eos]
     if eos in ids[:-1] or not all(0 <= token < self.vocab_size for token in ids):
-      raise _wrong(self.url, f"token_ids behind the end token {eos}, or outside 0 … {self.vocab_size - 1}")
+      raise wrong(self.url, f"token_ids behind the end token {eos}, or outside 0 … {self.vocab_size - 1}")
     if not ended and ids[-1:] != [eos] and len(ids) < longest:
       remedy = "raise --max-model-len, and start it with --generation-config vllm"
-      raise _wrong(self.url, f"a text was cut after {len(ids)} tokens, {longest} were asked for; {remedy}")
+      raise wrong(self.url, f"a text was cut after {len(ids)} tokens, {longest} were asked for; {remedy}")
     return ids
 
 
@@ -238,7 +176,7 @@ def connect(
   for url in service.urls:
     try:
       with service.client(url) as client:
-        served = [str(one.get("id")) for one in service.ask(url, client.models.with_raw_response.list).data]
+        served = [str(one.get("id")) for one in service.ask(url, client.models.with_raw_response.list, _Answer).data]
     except ValueError as error:
       found.append(f"  {error}\n")
       continue

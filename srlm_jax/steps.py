@@ -11,7 +11,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, mesh as mesh_lib, server, templates
+from srlm_jax import artifacts, chat, config as config_lib, endpoint, mesh as mesh_lib, service, templates
 from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
@@ -63,6 +63,11 @@ def resolve(value: str, workdir: epath.Path) -> epath.Path | None:
   return workdir / value if value.startswith("world/") else epath.Path(value).expanduser()
 
 
+def endpoint_cache(settings: config_dict.ConfigDict, workdir: epath.Path) -> epath.Path:
+  """The folder in which an endpoint's replies are kept."""
+  return resolve(settings.endpoint.cache, workdir) or workdir / "endpoint"
+
+
 def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[str, str]:
   """SHA-256 of each file from outside that the configuration names, by setting: another content is another run."""
   found = {
@@ -80,13 +85,14 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
 def check_start(
   settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh, todo: Sequence[Step]
 ) -> None:
-  """ValueError, before any work starts, for a file that a step needs and is not there, or an uneven batch."""
+  """ValueError, before any work starts, for a file or an endpoint that a step needs and lacks, or an uneven batch."""
   c, stages = settings, {step.stage for step in todo}
   folders = {step.folder for step in todo}
   needed = {
     "base.path": "m0" in folders and c.base.kind == "hf",
     "tokenizer": "m0" in folders and (c.base.kind != "hf" or c.tokenizer),
     "prompts.path": "writer" in folders,
+    "evaluate.judge": "judge" in folders,
     "data.pretrain": "m0" in folders and c.base.kind == "pretrain",
     "data.trees": "seed" in stages,
     "data.heldout_trees": "seed" in stages and c.data.heldout_trees,
@@ -100,6 +106,9 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
+  if c.evaluate.grader == "endpoint" and "evaluate" in stages:  # Both raise for what they cannot use.
+    endpoint.terms(c.endpoint)
+    endpoint.check_local(endpoint_cache(c, workdir))
   pretrains = c.base.kind == "pretrain" and "m0" in folders
   trained = {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}
   check_batches(settings, mesh, [name for name, wanted in trained.items() if wanted])
@@ -148,7 +157,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     "judge.method": ("sampled", "expected"),
     "dpo.method": ("dpo", "positive_only"),
     "dpo.reference": ("previous", "baseline"),
-    "evaluate.grader": ("oracle", "judge", "none"),
+    "evaluate.grader": ("oracle", "judge", "endpoint", "none"),
   }
   for key, valid in choices.items():
     value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
@@ -157,7 +166,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
   if settings.models < 1:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
   if settings.evaluate.grader == "oracle" and not settings.world.enabled:
-    raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge' or 'none'.")
+    raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge', 'endpoint' or 'none'.")
   if settings.responses.sampling.stop:
     raise ValueError(
       f"responses.sampling.stop={settings.responses.sampling.stop}: answers that a string ends have no end token, and "
@@ -166,7 +175,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
   if settings.server.url:
-    config_lib.frozen(server.Service, settings.server)  # Raises for what it cannot use.
+    config_lib.frozen(service.Service, settings.server)  # Raises for what it cannot use.
     if settings.judge.method == "expected":
       raise ValueError(
         "judge.method='expected' needs the probabilities of all scores, which a server does not give: set it to "
@@ -272,25 +281,41 @@ class _Plan:
     """The folder of the model that writes new prompts; a fixed one from outside gets its own step, once."""
     c = self.settings
     folders = {"fixed": "writer", "m0": "m0", "parent": parent}
-    if c.prompts.writer == "fixed" and all(step.folder != "writer" for step in self.steps):
-      outside = copy.deepcopy(c)
-      with outside.unlocked():
-        outside.base.kind, outside.base.path, outside.tokenizer = "hf", c.prompts.path, ""
-      self.base_model("writer", outside)
+    if c.prompts.writer == "fixed":
+      self.outside_model("writer", c.prompts.path)
     return folders[c.prompts.writer]
+
+  def outside_model(self, folder: str, path: str) -> None:
+    """Imports a model from outside the run, once."""
+    if any(step.folder == folder for step in self.steps):
+      return
+    outside = copy.deepcopy(self.settings)
+    with outside.unlocked():
+      outside.base.kind, outside.base.path, outside.tokenizer = "hf", path, ""
+    self.base_model(folder, outside)
 
   def evaluation(self, name: str, others: list[str]) -> None:
     """Measures a model, against others that were measured before."""
     c = self.settings
     inputs = {"model": name, "seed": "seed", **{f"against {other}": f"eval/{other}" for other in others}}
+    keys = ["evaluate", "judge", "chat", "generation.shard"]
     if others and c.evaluate.grader == "judge":
-      models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
-      if c.evaluate.judge not in models:
-        raise artifacts.unknown(c.evaluate.judge, models, f"model that is there when {name} is evaluated")
-      inputs["judge"] = c.evaluate.judge
-    self.add(
-      f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run)
-    )
+      inputs["judge"] = self.judge(name)
+    if others and c.evaluate.grader == "endpoint":
+      keys += ["endpoint.url", "endpoint.model"]
+    run = functools.partial(self.call(evaluate.run), cache=endpoint_cache(c, self.workdir))
+    self.add(f"eval/{name}", "evaluate", tuple(keys), inputs, run)
+
+  def judge(self, name: str) -> str:
+    """The folder of the model that decides the duels of another one; one from outside gets its own step, once."""
+    wanted = self.settings.evaluate.judge
+    if "/" in wanted:
+      self.outside_model("judge", wanted)
+      return "judge"
+    models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
+    if wanted not in models:
+      raise artifacts.unknown(wanted, models, f"model that is there when {name} is evaluated, nor a path with a '/'")
+    return wanted
 
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:

@@ -23,6 +23,11 @@ RUBRICS = epath.resource_path("srlm_jax") / "rubrics"
 # Blanks inside a delimiter and its case do not matter: a model reads `< / Response >` as one, too.
 _RESPONSE = re.compile(r"<\s*(?:/\s*)?response\s*>", re.IGNORECASE)
 _CHAT = re.compile(r"\[\s*(?:/\s*)?inst\s*\]|<\s*<\s*(?:/\s*)?sys\s*>\s*>", re.IGNORECASE)
+# How common chat formats spell special tokens, for models whose tokenizer is not ours to hold.
+_SPECIAL = re.compile(
+  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*/?\s*(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
+  re.IGNORECASE,
+)
 _ROUND = str.maketrans("<>[]", "()()")
 
 _HEADER = re.compile(r"#\s*range\s*:(.*)", re.IGNORECASE)
@@ -59,6 +64,11 @@ def _neutralise(text: str, delimiter: re.Pattern[str]) -> str:
 def neutralise_chat(text: str) -> str:
   """Untrusted text in which `[INST]`, `[/INST]`, `<<SYS>>` and `<</SYS>>` have round brackets."""
   return _neutralise(text, _CHAT)
+
+
+def neutralise_specials(text: str) -> str:
+  """Untrusted text for a model elsewhere: `[INST]`, `</s>`, `<|im_end|>` and their like have round brackets."""
+  return _neutralise(neutralise_chat(text), _SPECIAL)
 
 
 def neutralise(text: str) -> str:

@@ -64,8 +64,8 @@ class Tokenizer:
     special_ids: ids that untrusted text never encodes to and that `decode` skips.
     files: name -> content of the files that it was made of.
     adds_space: whether encoding puts a space before the text.
-    chat_template: renders one user message by the folder's own template as text, generation prompt included; None
-      where there is no template.
+    chat_template: renders messages, of user and assistant by turns, by the folder's own template as text, generation
+      prompt included; None where there is no template.
   """
 
   vocab_size: int
@@ -74,7 +74,7 @@ class Tokenizer:
   special_ids: frozenset[int]
   files: Mapping[str, bytes]
   adds_space: bool
-  chat_template: Callable[[str], str] | None
+  chat_template: Callable[..., str] | None
   _encode: Callable[[Sequence[str]], Batch]
   _encode_trusted: Callable[[str], list[int]]
   _decode: Callable[[list[int]], str]
@@ -226,9 +226,9 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
       return whole.decode(ids)
     return words.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-  def render(message: str) -> str:
+  def render(*messages: str) -> str:
     # Some templates show the date; a fixed one keeps the prompts of all stages alike.
-    chat = [{"role": "user", "content": message}]
+    chat = [{"role": ("user", "assistant")[place % 2], "content": one} for place, one in enumerate(messages)]
     return words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
 
   return Tokenizer(

@@ -228,7 +228,9 @@ def test_the_command_answers_and_rates_once(
   monkeypatch.setattr(modelstore, "speaker", lambda artifact, settings, mesh: speakers[artifact.name])
   settings = config.base()
   settings.evaluate.sampling.max_new = settings.judge.sampling.max_new = 40
-  run = outside.Run(settings, epath.Path(tmp_path), tiny_model.one_device(), models, "m2", {"prompts": path})
+  run = outside.Run(
+    settings, epath.Path(tmp_path), tiny_model.one_device(), models, "m2", {"prompts": path}, path.parent
+  )
   caplog.set_level(logging.INFO, logger="srlm_jax")
   mt_bench.evaluate(run)
   facts = json.loads((run.workdir / "outside" / "mt_bench" / "m2.json").read_text())

@@ -14,7 +14,7 @@ from srlm_jax import artifacts, config, outside, report, tables
 
 def run_of(made: made_run.Run, model: str = "m2", **files: epath.Path) -> outside.Run:
   models = {name: made.made[name] for name in ("m0", "baseline", "m1", "m2")}
-  return outside.Run(config.base(), made.folder, tiny_model.one_device(), models, model, files)
+  return outside.Run(config.base(), made.folder, tiny_model.one_device(), models, model, files, made.folder)
 
 
 def alpaca(win_rate: float, **more: Any) -> dict[str, Any]:

@@ -1,45 +1,91 @@
 """evaluate: both skills of a model on held-out data: following instructions and judging (paper §2.5, §3)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import logging
 from typing import Any
 
+from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, grading, metrics, modelstore, records, rollout, sampling, templates, world
+from srlm_jax import (
+  artifacts,
+  endpoint,
+  grading,
+  mesh as mesh_lib,
+  metrics,
+  modelstore,
+  records,
+  reward,
+  rollout,
+  sampling,
+  templates,
+  world,
+)
 
 logger = logging.getLogger(__name__)
 
 
-def _duels(
-  out: artifacts.Artifact,
-  settings: config_dict.ConfigDict,
-  mesh: jax.sharding.Mesh,
-  answers: list[records.Response],
-  others: Mapping[str, artifacts.Artifact],
-) -> dict[str, dict[str, Any]]:
-  """Head to head against other models' evaluations; a judge's verdicts are kept in duels shards."""
-  section, found = settings.evaluate, {}
+@dataclasses.dataclass(frozen=True)
+class _Grader:
+  """Who decides duels.
+
+  Attributes:
+    name: in words.
+    decide: gives the duels with the answers of another model, by that one's name.
+    usage: of an endpoint, for all duels.
+  """
+
+  name: str
+  decide: Callable[[str, list[grading.Pair]], list[records.Duel]]
+  usage: Callable[[Mapping[str, list[grading.Pair]]], endpoint.Usage] | None = None
+
+
+def _grader(
+  out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, cache: epath.Path
+) -> _Grader:
+  """The grader that the configuration names; a judge's verdicts are kept in duels shards."""
+  section = settings.evaluate
+  if section.grader == "oracle":
+    return _Grader("the world's oracle", lambda name, pairs: grading.by_oracle(pairs))
+  how, template = sampling.Sampling(**settings.judge.sampling), templates.load_pairwise(section.pairwise)
+
+  def by_judge(
+    load: Callable[[], rollout.Judge], mesh: jax.sharding.Mesh, name: str, pairs: list[grading.Pair]
+  ) -> list[records.Duel]:
+    stem = f"duels-{name}"
+    work = functools.partial(grading.by_judge, against=name, template=template, how=how)
+    artifacts.map_shards(out, stem, pairs, settings.generation.shard, mesh, load, work)
+    return list(out.read_shards(stem, records.Duel))
+
   if section.grader == "judge":
-    judge = functools.cache(lambda: modelstore.speaker(out.inputs["judge"], settings, mesh))
-    how = sampling.Sampling(**settings.judge.sampling)
-    template = templates.load_pairwise(section.pairwise)
-  for name, other in others.items():
-    pairs = grading.align(answers, list(other.read_shards("answers", records.Response)))
-    if section.grader == "oracle":
-      duels = grading.by_oracle(pairs)
-    else:
-      work = functools.partial(grading.by_judge, against=name, template=template, how=how)
-      stem = f"duels-{name}"
-      artifacts.map_shards(out, stem, pairs, settings.generation.shard, mesh, judge, work)
-      duels = list(out.read_shards(stem, records.Duel))
-    outcomes, unreadable = grading.grouped(duels)
-    found[name] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable}
-  return found
+    model = functools.cache(lambda: modelstore.speaker(out.inputs["judge"], settings, mesh))
+    return _Grader(str(section.judge), functools.partial(by_judge, model, mesh))
+  asked = endpoint.connect(endpoint.terms(settings.endpoint), cache)
+  own = mesh_lib.make_mesh(devices=jax.local_devices())  # It computes elsewhere: processes share the shards out.
+
+  def usage(duels: Mapping[str, list[grading.Pair]]) -> endpoint.Usage:
+    questions = [one for name, pairs in duels.items() for one in grading.questions(pairs, name, template)]
+    return asked.usage(questions, how)
+
+  return _Grader(asked.terms.name, functools.partial(by_judge, lambda: asked, own), usage)
+
+
+def _duels(
+  grader: _Grader, answers: list[records.Response], others: Mapping[str, artifacts.Artifact]
+) -> dict[str, dict[str, Any]]:
+  """Head to head against other models' evaluations: facts of the duels, and of what an endpoint took for them."""
+  pairs = {
+    name: grading.align(answers, list(other.read_shards("answers", records.Response))) for name, other in others.items()
+  }
+  found = {}
+  for name in others:
+    outcomes, unreadable = grading.grouped(grader.decide(name, pairs[name]))
+    found[name] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable, "judge": grader.name}
+  return {"duels": found, **({"endpoint": dataclasses.asdict(grader.usage(pairs))} if grader.usage else {})}
 
 
 def _oracle_facts(answers: list[records.Response]) -> dict[str, Any]:
@@ -60,25 +106,6 @@ def _oracle_facts(answers: list[records.Response]) -> dict[str, Any]:
   }
 
 
-def _judge_facts(
-  ranked: Sequence[records.RankedReplies], judgements: Sequence[records.Judgement], judging: rollout.Judging
-) -> dict[str, Any]:
-  """The five reward-model metrics against people's ranks, unreadable votes and the histogram of scores."""
-  by_prompt: dict[str, list[float | None]] = {}
-  for judgement in judgements:
-    by_prompt.setdefault(judgement.prompt_id, []).append(judgement.score)
-  ranks = [[float(reply.rank or 0) for reply in one.replies] for one in ranked]
-  scores = [by_prompt[one.prompt_id] for one in ranked]
-  rubric = judging.rubric
-  estimates = metrics.reward_model_metrics(ranks, scores, top=rubric.high)
-  flat = [judgement.score for judgement in judgements]
-  return {
-    "metrics": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
-    "votes": grading.reasons(judgements),
-    "histogram": dataclasses.asdict(metrics.histogram(flat, rubric.low, rubric.high, 1 / judging.votes)),
-  }
-
-
 def _expects(model: artifacts.Artifact, settings: config_dict.ConfigDict, judging: rollout.Judging) -> bool:
   """Whether replies can be scored by the probabilities of the digits, too."""
   if settings.server.url:
@@ -92,10 +119,10 @@ def _expects(model: artifacts.Artifact, settings: config_dict.ConfigDict, judgin
   return True
 
 
-def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, cache: epath.Path) -> None:
   """Writes answers, judgements and expected scores of held-out replies, and metrics.json.
 
-  Inputs: "model", "seed", "judge", "against …".
+  Inputs: "model", "seed", "judge", "against …". `cache` is the folder in which an endpoint's replies are kept.
   """
   section, seed = settings.evaluate, out.inputs["seed"]
   prompts = seed.read("eval_prompts.jsonl", records.Prompt)
@@ -110,11 +137,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   def judge(speaker: rollout.Speaker, part: Sequence[rollout.Candidate]) -> list[records.Judgement]:
     return rollout.judge(speaker, part, judging)
 
-  candidates = [
-    rollout.Candidate(one.prompt_id, place, one.prompt, reply.text)
-    for one in ranked
-    for place, reply in enumerate(one.replies)
-  ]
+  candidates = reward.candidates(ranked)
   artifacts.map_shards(out, "answers", prompts, settings.generation.shard, mesh, speaker, answer)
   artifacts.map_shards(out, "judgements", candidates, settings.generation.shard, mesh, speaker, judge)
   sure = judging.method == "sampled" and _expects(out.inputs["model"], settings, judging)
@@ -129,18 +152,18 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     "cut": sum(not one.finished for one in answers),
     "characters": dataclasses.asdict(metrics.length_summary([len(one.text) for one in answers])),
     "tokens": dataclasses.asdict(metrics.length_summary([len(one.tokens) for one in answers])),
-    "judge": _judge_facts(ranked, judgements, judging),
+    "judge": reward.facts(ranked, judgements, judging),
   }
   if sure:
     scored = list(out.read_shards("expected", records.Judgement))
-    facts["expected"] = _judge_facts(ranked, scored, rollout.expected(judging))
+    facts["expected"] = reward.facts(ranked, scored, rollout.expected(judging))
   if section.grader == "oracle":
     facts["oracle"] = _oracle_facts(answers)
   others = {
     role.removeprefix("against "): other for role, other in sorted(out.inputs.items()) if role.startswith("against ")
   }
   if others and section.grader != "none":
-    facts["duels"] = _duels(out, settings, mesh, answers, others)
+    facts |= _duels(_grader(out, settings, mesh, cache), answers, others)
   out.write("metrics.json", json.dumps(facts, indent=1))
   logger.info("%s: %s", out.folder, _headline(facts))
   out.commit(facts)
