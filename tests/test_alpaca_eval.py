@@ -5,10 +5,11 @@ import http.server
 import importlib.util
 import json
 import logging
-import os
+import math
 import pathlib
 import re
 import shutil
+import statistics
 import threading
 from typing import Any
 
@@ -269,3 +270,75 @@ def serve() -> Iterator[Callable[[Judge], Any]]:
   for server in started:
     server.shutdown()
     server.server_close()
+
+
+def by_length(first: str, second: str) -> dict[str, Any]:
+  """How the judge decides: by length, a little for the first; of nine characters it has no opinion."""
+  if 9 in (len(first), len(second)):
+    tokens = {"x": 1.0}
+  else:
+    sure = 0.9 if len(first) > len(second) else 0.2
+    tokens = {"m": sure * 0.8, "M": (1 - sure) * 0.8, "x": 0.2}
+  top = [{"token": token, "logprob": math.log(prob), "bytes": None} for token, prob in tokens.items()]
+  return {"text": top[0]["token"], "logprobs": {"content": [{**top[0], "top_logprobs": top}], "refusal": None}}
+
+
+def preferred(first: str, second: str, mine: set[str]) -> float | None:
+  """What the verdict on a pair, as it was shown, says for my answer."""
+  probs = {
+    one["token"]: math.exp(one["logprob"]) for one in by_length(first, second)["logprobs"]["content"][0]["top_logprobs"]
+  }
+  if "m" not in probs:
+    return None
+  share = probs["m"] / (probs["m"] + probs["M"])
+  return share if first in mine else 1 - share
+
+
+def offline(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """A Hugging Face cache with made-up data for length control, and no network."""
+  place = folder / "hf" / "hub" / "datasets--tatsu-lab--alpaca_eval"
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  (place / "refs").mkdir(parents=True)
+  (place / "refs" / "main").write_text(commit)
+  lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
+  for number in range(8):
+    for model, preference, delta in (("concise", 0.2, 1.5), ("verbose", 0.6, -1.5)):
+      lines.append(f"{model},{number},{preference},{delta},{(number - 4) / 4},False")
+  (place / "snapshots" / commit).mkdir(parents=True)
+  (place / "snapshots" / commit / "df_gamed.csv").write_text("\n".join(lines) + "\n")
+  monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@needs_package
+def test_the_real_command_with_its_default_judge(
+  path: epath.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[[Judge], Any]
+) -> None:
+  """AlpacaEval 2's own judge, asked at a loopback endpoint: its win rate is ours, and that of the verdicts given."""
+  offline(tmp_path, monkeypatch)
+  server = serve(by_length)
+  run = run_of(epath.Path(tmp_path), path, monkeypatch, owls, url=f"http://127.0.0.1:{server.server_port}/v1")
+  texts = [" ".join(["owl"] * number) for number in range(1, 9)]
+  reference = [row["output"] for row in ROWS]
+  reference[0] = texts[0]  # A tie: nobody is asked.
+  reference[2] = "y" * 9  # No verdict.
+  reference[5:] = ["z" * 50] * 3  # Longer.
+  path.write_text(json.dumps([{**row, "output": text} for row, text in zip(ROWS, reference, strict=True)]))
+  alpaca_eval.evaluate(run)
+  facts = json.loads((tmp_path / "outside" / "alpaca_eval" / "m2.json").read_text())
+  assert len(server.asked) == 7 and {text for pair in server.asked for text in pair} == {*texts[1:], *reference[1:]}
+  found = [preferred(*pair, mine=set(texts)) for pair in server.asked]
+  shares = [share for share in [0.5, *found] if share is not None]
+  assert len(shares) == 7 and 0 < statistics.fmean(shares) < 1
+  assert facts["win_rate"] == pytest.approx(100 * statistics.fmean(shares), abs=1e-6)
+  assert (facts["judged"], facts["unreadable"], facts["n_draws"]) == (7, 1, 1)
+  assert facts["avg_length"] == int(statistics.fmean(map(len, texts)))
+  place = tmp_path / "outside" / "alpaca_eval" / "m2" / "compared"
+  board = (place / "weighted_alpaca_eval_gpt4_turbo" / "leaderboard.csv").read_text().splitlines()
+  line = dict(zip(board[0].split(","), board[1].split(","), strict=True))
+  assert facts["length_controlled_winrate"] == float(line["length_controlled_winrate"]) != facts["win_rate"]
+  assert 0 < facts["length_controlled_winrate"] < 100
+  (place / "leaderboard.csv").unlink(missing_ok=True)
+  alpaca_eval.evaluate(run)
+  assert len(server.asked) == 7  # Verdicts are paid once.
