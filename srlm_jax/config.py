@@ -129,6 +129,17 @@ def base() -> config_dict.ConfigDict:
     judge="m1",  # A model of the run, or the path (with a "/") of another one's Hugging Face folder.
     pairwise="pairwise",  # Template of the pairwise judge.
   )
+
+  # Benchmarks from outside, by commands of their own; the answers are sampled as evaluate.sampling says.
+  c.alpaca_eval = dict(
+    annotators="weighted_alpaca_eval_gpt4_turbo",  # A judge of the package alpaca_eval, or a path with a "/".
+    length_controlled=True,  # It fetches data of AlpacaEval's own; False works without a network.
+    url="",  # An OpenAI-compatible server that judges; "": OpenAI's. A key is read from OPENAI_API_KEY alone.
+  )
+  c.mt_bench = dict(
+    judge="m1",  # A model of the run, or "endpoint". The paper's is GPT-4.
+    templates="mt_bench",  # Of rating: this and three more, see mt_bench.load_prompts; or a path.
+  )
   return c
 
 

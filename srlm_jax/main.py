@@ -1,12 +1,14 @@
 """srlm: the command line.
 
-One absl app: the stage is positional, the configuration a file with overrides.
+One absl app: the stage is positional, the configuration a file with overrides. What measures a finished model by a
+benchmark from outside has two words.
 
   srlm all --config=configs/tiny.py --workdir=runs/tiny
   srlm judge --config=configs/m2.py:llama2_70b --workdir=gs://bucket/run --config.judge.votes=5
+  srlm evaluate mt-bench --config=configs/tiny.py --workdir=runs/tiny --model=m2 --prompts=question.jsonl
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import logging
@@ -20,12 +22,15 @@ import jax
 from ml_collections import config_dict, config_flags
 
 from srlm_jax import (
+  alpaca_eval,
   artifacts,
   convert,
   distributed,
   llama,
   mesh as mesh_lib,
   modelstore,
+  mt_bench,
+  outside,
   plan,
   reward,
   server,
@@ -45,11 +50,16 @@ _WORKDIR = flags.DEFINE_string(
 _MODEL = flags.DEFINE_string(
   "model",
   None,
-  "For export and reward: which model of the work directory (m0, baseline, m1 …); for reward also endpoint and oracle.",
+  "For export, reward and benchmarks: which model of the work directory (m0, baseline, m1 …); for reward also endpoint "
+  "and oracle.",
 )
-_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write; for reward: a JSON file.")
+_OUT = flags.DEFINE_string(
+  "out", None, "For export: the Hugging Face folder, or the file, to write; for reward: a JSON file."
+)
 _RUBRIC = flags.DEFINE_string("rubric", "", "For reward: another judge prompt, such as judge_five_bucket, or a path.")
 _TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in place of the run's held-out replies.")
+_PROMPTS = flags.DEFINE_string("prompts", None, "For benchmarks: the file of prompts, in the benchmark's own format.")
+_REFERENCES = flags.DEFINE_string("references", None, "For benchmarks: a file of answers to compare with.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -66,6 +76,34 @@ _CACHE = flags.DEFINE_string(
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """What two words ask for: what it does, the flags that it needs, and the function that does it."""
+
+  what: str
+  needs: tuple[str, ...]
+  run: Callable[[outside.Run], None]
+
+
+COMMANDS = {
+  "export alpaca-eval": Command(
+    "answer prompts, for the package alpaca_eval: --model=m2 --prompts=FILE --out=FILE",
+    ("model", "prompts", "out"),
+    alpaca_eval.export,
+  ),
+  "evaluate alpaca-eval": Command(
+    "AlpacaEval 2, by that package's own command: --model=m2 --prompts=FILE [--references=FILE]",
+    ("model", "prompts"),
+    alpaca_eval.evaluate,
+  ),
+  "evaluate mt-bench": Command(
+    "MT-Bench, rated by config.mt_bench.judge: --model=m2 --prompts=question.jsonl [--references=FILE]",
+    ("model", "prompts"),
+    mt_bench.evaluate,
+  ),
+}
+
+
 def usage() -> str:
   """The stages, for --help and for errors."""
   rows = {
@@ -75,6 +113,7 @@ def usage() -> str:
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
     "reward": "a judge's agreement with people's ranks: --model=m3 [--rubric=NAME] [--trees=FILE] [--out=FILE]",
     **steps.STAGES,
+    **{words: command.what for words, command in COMMANDS.items()},
   }
   width = max(map(len, rows))
   return "\n".join(
@@ -155,13 +194,32 @@ def show_plan(settings: config_dict.ConfigDict) -> bool:
     raise ValueError(f"{error} The configuration that is known to do is --config=FILE:{known}.") from error
 
 
+def finished_models(planned: Sequence[steps.Step], workdir: epath.Path) -> dict[str, artifacts.Artifact]:
+  """The models of the work directory by name, in the order in which they were made."""
+  made = steps.artifacts_of(planned, workdir)
+  return {name: artifact for name, artifact in made.items() if (artifact.folder / "llama.json").exists()}
+
+
+def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -> None:
+  """Runs one of COMMANDS on the model that --model names."""
+  mesh = mesh_lib.make_mesh(**settings.mesh)
+  planned = steps.plan(settings, workdir, mesh)
+  sampling = next(step.mesh for step in planned if step.stage == "evaluate") or mesh
+  models = finished_models(planned, workdir)
+  for artifact in models.values():
+    artifact.check_config()
+  paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
+  cache = steps.endpoint_cache(settings, workdir)
+  with jax.set_mesh(sampling):
+    COMMANDS[words].run(outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache))
+
+
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
   """Writes a model of the work directory, and its tokenizer, as a Hugging Face folder."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
-  made = steps.artifacts_of(steps.plan(settings, workdir, mesh), workdir)
-  models = [key for key, artifact in made.items() if (artifact.folder / "llama.json").exists()]
-  if name not in models:
-    raise artifacts.unknown(name, models, "finished model of this work directory")
+  made = finished_models(steps.plan(settings, workdir, mesh), workdir)
+  if name not in made:
+    raise artifacts.unknown(name, list(made), "finished model of this work directory")
   model = modelstore.load(made[name], settings, mesh)
   convert.export_hf(model, _absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
@@ -205,10 +263,11 @@ def _log_to_stderr() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
-  if len(argv) != 2:
-    raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
-  stage = argv[1]
-  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES]
+  stage = " ".join(argv[1:])
+  second = {words.split()[0] for words in COMMANDS}
+  if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
+    raise app.UsageError(f"exactly one stage is wanted, got {stage or 'none'}.")
+  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES, *COMMANDS]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
   if _CONFIG.value is None:
@@ -221,6 +280,9 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
   if stage == "reward" and not _MODEL.value:
     raise app.UsageError("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
+  missing = [f"--{name}" for name in COMMANDS[stage].needs if not flags.FLAGS[name].value] if stage in COMMANDS else []
+  if missing:
+    raise app.UsageError(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -237,6 +299,8 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
     if workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
+    elif stage in COMMANDS:
+      measure(_CONFIG.value, workdir, stage)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
     elif stage == "reward" and _MODEL.value:

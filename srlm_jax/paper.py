@@ -30,3 +30,13 @@ CHARACTERS: dict[str, int] = {"m1": 1092, "m2": 1552, "m3": 2552}
 
 # §3.1.1 and §3.2: how much data each part had.
 SIZES: dict[str, int] = {"ift": 3200, "eft": 1630, "eft held out": 541, "m2": 3964, "m3": 6942}
+
+# AlpacaEval 2.0: win rate against GPT-4 Turbo, not length-controlled.
+ALPACA_EVAL: dict[str, float] = {"m1": 0.0994, "m2": 0.1538, "m3": 0.2044}
+
+# MT-Bench, of 10: all categories; math, coding and reasoning ("hard"); and the others.
+MT_BENCH: dict[str, dict[str, float]] = {
+  "all": {"baseline": 6.85, "m1": 6.78, "m2": 7.01, "m3": 7.25},
+  "hard": {"baseline": 3.93, "m1": 3.83, "m2": 4.05, "m3": 4.17},
+  "rest": {"baseline": 8.60, "m1": 8.55, "m2": 8.79, "m3": 9.10},
+}

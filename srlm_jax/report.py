@@ -13,7 +13,20 @@ from typing import Any
 import jinja2
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, config, diagnostics, excerpts, findings, lineage, paper, plots, records, tables, world
+from srlm_jax import (
+  artifacts,
+  config,
+  diagnostics,
+  excerpts,
+  findings,
+  lineage,
+  outside,
+  paper,
+  plots,
+  records,
+  tables,
+  world,
+)
 from srlm_jax.tables import Table
 
 Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifact, in the order of the stages.
@@ -27,14 +40,14 @@ UNSTATED = (
     for key in ("epochs", "steps", "min_steps", "warmup", "weight_decay", "b2", "clip", "pack")
   ),
   *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
-  *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples"),
+  *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples", "mt_bench."),
   *(
     f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
   ),
 )
 MACHINE = (
   *("seed", "mesh.", "generation.", "server.", "endpoint.", "tokenizer"),
-  *("base.path", "prompts.path", "prompts.per_round"),
+  *("base.path", "prompts.path", "prompts.per_round", "alpaca_eval.url"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
@@ -249,6 +262,12 @@ def _judging(measured: findings.Measured) -> Section:
   return Section("judging", "Judging", text, (*found, *beside), drawn)
 
 
+def _outside(finished: Finished) -> tuple[Section, ...]:
+  """Benchmarks from outside, where any was run."""
+  found = tuple(outside.report_tables(finished))
+  return (Section("outside", "Benchmarks from outside", tables=found),) if found else ()
+
+
 def _training(finished: Finished) -> Section:
   runs = curves(finished)
   plain = {name: run for name, run in runs.items() if "margin" not in run}
@@ -293,6 +312,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
+    *_outside(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _training(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),

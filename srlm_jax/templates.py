@@ -38,6 +38,7 @@ _SCORE = re.compile(
   rf"(-?{_NUMBER})\**\s*(?:points?\s*)?(?:(?:/|out\s+of)\s*({_NUMBER})\s*)?(?:points?\s*)?\.?", re.IGNORECASE
 )
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
+_RATING = re.compile(rf"\[\[(-?{_NUMBER})\]\]")
 # Where a task of several lines ends: at a blank line, or where somebody speaks or answers, in markdown or without.
 _TASK_END = re.compile(
   r"\n[ \t*#]*(?:[\r\n]|(?:user|human|assistant|ai|response|answer|output|input|solution)[ \t*]*:)", re.IGNORECASE
@@ -190,6 +191,33 @@ def parse_verdict(continuation: str) -> str | None:
   """The last `[[A]]`, `[[B]]` or `[[C]]` of a comparison as "A", "B" or "tie"; None where there is none."""
   found = _VERDICT.findall(continuation)
   return {"A": "A", "B": "B", "C": "tie"}[found[-1]] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rating:
+  """A prompt that asks for a rating of an answer (MT-Bench): placeholders as `load_rating` is told, digest as above."""
+
+  text: str
+  digest: str
+
+  def fill(self, **values: str) -> str:
+    """The prompt that asks for the rating, with a text for each placeholder."""
+    return _fill(self.text, values)
+
+
+def load_rating(name_or_path: str, placeholders: tuple[str, ...]) -> Rating:
+  """A rating template, found and refused as by `load_rubric`."""
+  text, _, _, digest = _load(str(name_or_path), placeholders)
+  return Rating(text, digest)
+
+
+def parse_rating(continuation: str, low: float, high: float) -> tuple[float | None, str]:
+  """The last `[[number]]` of a rating and "", or None and the reason, "no_score" or "out_of_range"."""
+  found = _RATING.findall(continuation)
+  if not found:
+    return None, "no_score"
+  value = float(found[-1])
+  return (value, "") if low <= value <= high else (None, "out_of_range")
 
 
 def few_shot_digest() -> str:

@@ -19,7 +19,9 @@ LAYERS = {
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": "artifacts checkpoint generator service server rollout endpoint train_loop grading pairset",
-  "shared by stages": "modelstore finetune lineage diagnostics findings reward excerpts report",
+  "shared by stages": (
+    "modelstore finetune lineage diagnostics findings reward excerpts outside alpaca_eval mt_bench report"
+  ),
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"

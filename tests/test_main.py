@@ -1,6 +1,7 @@
 """The command line: what it refuses, what it shows, and that a run stops where it breaks and goes on from there."""
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import logging
 import os
 import pathlib
@@ -74,6 +75,14 @@ def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
     (["judge"], {"config": SMOKE}, "--workdir is missing"),
     (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),
     (["reward"], {"config": SMOKE, "workdir": "w"}, "reward needs --model: a finished model, endpoint, or"),
+    (["evaluate", "mtbench"], {}, "'evaluate mtbench' is not a stage. Did you mean 'evaluate mt-bench'?"),
+    (["evaluate", "mt-bench", "m2"], {}, "exactly one stage is wanted, got evaluate mt-bench m2"),
+    (["evaluate", "mt-bench"], {"config": SMOKE, "workdir": "x"}, "evaluate mt-bench needs --model and --prompts: MT"),
+    (
+      ["export", "alpaca-eval"],
+      {"config": SMOKE, "workdir": "x", "model": "m1", "prompts": "x"},
+      "needs --out: answer",
+    ),
   ],
 )
 def test_what_is_missing_is_said(argv: list[str], values: dict[str, str], message: str) -> None:
@@ -154,9 +163,31 @@ def test_export_says_how_to_serve_the_model(
   )
 
 
+def test_two_words_run_a_command_on_a_finished_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  ran = []
+  command = main.COMMANDS["evaluate mt-bench"]
+  monkeypatch.setitem(main.COMMANDS, "evaluate mt-bench", dataclasses.replace(command, run=ran.append))
+  monkeypatch.chdir(tmp_path)
+  saved = artifacts.Artifact(epath.Path(tmp_path / "m1"), {}, {})
+  saved.begin()
+  modelstore.save(saved, tiny_model.model(), tiny_model.words(), {})
+  evaluation = steps.Step("eval/m1", "evaluate", {}, {}, lambda out: None)
+  monkeypatch.setattr(steps, "plan", lambda *_: [steps.Step("m1", "sft", {}, {}, lambda out: None), evaluation])
+  (tmp_path / "question.jsonl").write_text("")
+  values = {"config": SMOKE, "workdir": str(tmp_path), "model": "m1", "prompts": "question.jsonl"}
+  with flagsaver.as_parsed(**values, compilation_cache=""):
+    main.main(["srlm", "evaluate", "mt-bench"])
+    [run] = ran
+    assert (run.model, list(run.models), run.workdir) == ("m1", ["m1"], epath.Path(tmp_path))
+    assert run.files == {"prompts": epath.Path(tmp_path / "question.jsonl")}  # Its whole path: Orbax takes no other.
+  with flagsaver.as_parsed(**{**values, "model": "m3"}, compilation_cache=""):
+    with pytest.raises(SystemExit, match="srlm evaluate mt-bench: 'm3' is not a finished model .* Valid: m1"):
+      main.main(["srlm", "evaluate", "mt-bench"])
+
+
 def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
-  assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES))
+  assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES, *main.COMMANDS))
   both = [config.base(), config.base()]
   both[1].world.enabled = True
   planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
