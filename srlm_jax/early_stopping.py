@@ -128,10 +128,14 @@ class _Contest:
       artifacts.map_shards(self.out, stem, pairs, self.settings.generation.shard, self.who.mesh, self.who.load, work)
     return list(self.out.read_shards(stem, records.Duel))
 
+  def decided(self, step: int) -> bool:
+    """Whether a candidate's trial is over."""
+    return self.out.has(_verdict(step))
+
   def trial(self, step: int, against: int) -> selection.Trial:
     """A candidate against the one before it; read where it is decided already."""
-    name = f"verdict-{step:06d}.json"
-    if not self.out.has(name):
+    name = _verdict(step)
+    if not self.decided(step):
       self.candidate(step)  # Here, on the mesh of training.
       made = selection.trial(step, against, *grading.grouped(self.duels(step, against)))
       self.out.write(name, json.dumps(dataclasses.asdict(made)))
@@ -147,6 +151,10 @@ class _Contest:
           path.rmtree()
 
     distributed.first(f"keep candidate {step} of {self.out.folder}", delete)
+
+
+def _verdict(step: int) -> str:
+  return f"verdict-{step:06d}.json"
 
 
 def commit(
@@ -181,9 +189,11 @@ def commit(
   contest = _Contest(out, words, train, settings, sampling, who or referee(out, settings, sampling))
   trials: list[selection.Trial] = []
   for step in points:
+    fresh = not contest.decided(step)
     trials.append(contest.trial(step, trials[-1].step if trials else 0))
     chosen, stop = selection.decide(trials, section.patience)
-    contest.keep(chosen)
+    if fresh:  # In a run that goes on, candidates of later steps are there already.
+      contest.keep(chosen)
     logger.info("%s: %s: %s", out.folder, selection.sentence(trials[-1]), "lost" if trials[-1].lost else "not lost")
     if stop:
       break
