@@ -275,7 +275,7 @@ def sft_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   examples = [batching.Example((*prompt, *texts[0]), len(prompt)) for prompt, texts in drawn]
   dataset.write(folder / "rows", batching.pack(examples, _LENGTH.value, packed=False))
   source = dataset.batches(folder / "rows", size, 0)
-  compact = dataset.Compact(source, 1, places=True)  # As finetune.fit reads it.
+  compact = dataset.Compact(source, 1, places=True)  # As finetune.prepare reads it.
   ordered = [example for step in range(steps) for example in batching.examples_of(source[step])]
   data = {
     "prompt": [_written(one.tokens[: one.target_from]) + " " for one in ordered],

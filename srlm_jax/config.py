@@ -59,6 +59,22 @@ def base() -> config_dict.ConfigDict:
   c.dpo.pack = False  # Never packed: a pair is two whole rows.
   c.dpo.method = "dpo"  # or "positive_only": SFT of M0 on the seed data and the perfect answers (paper §3.1).
 
+  # Which checkpoint of SFT and of DPO is the model (paper §3.1.2): the answers of each meet those of the one before it,
+  # and training stops at one that loses.
+  c.select = dict(
+    # The paper's is Claude 2. Ours, as no run may need a paid service: "writer", the fixed chat model at prompts.path,
+    # which stands outside the loop. Or "parent", where training starts (M0, in SFT, has not learnt to judge); a model
+    # of the run by its name; "oracle", the tiny world's; "none": no choice, the last weights are the model.
+    judge="writer",
+    every=200,  # The paper's, in steps; a training of fewer has no choice.
+    prompts=253,  # The paper's number; unstated whose. Ours: of trees that nothing else uses, then the last of IFT.
+    path="",  # Validation prompts of your own (records.Prompt) in place of those.
+    patience=1,  # unstated: losses in a row (more losses than wins) that stop training.
+    pairwise="pairwise",  # Template of the judge's prompt; the paper's is AlpacaEval's.
+    sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),  # unstated: of the answers.
+    verdict=_sampling(temperature=0.0, top_p=1.0, max_new=256),  # unstated: of the judge.
+  )
+
   c.eft = dict(
     enabled=True,  # False: M1 is the SFT baseline (paper's ablation, M′).
     writer="baseline",  # The paper's; "annotators" takes data.judgements.

@@ -26,9 +26,11 @@ from srlm_jax import (
   tokenizer,
 )
 
+CANDIDATES = "candidates"  # Folder of the checkpoints among which a training chooses, below its own.
+
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
-  """Writes weights and tokenizer into an artifact and commits it; the states of its training are deleted."""
+  """Writes weights and tokenizer into an artifact and commits it; states and candidates of its training are deleted."""
   checkpoint.save_model(out.folder, model)
   distributed.first("save the tokenizer", lambda: words.save(out.folder / "tokenizer"))
   out.write("golden.json", json.dumps(words.golden(), indent=1))
@@ -38,9 +40,9 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   out.write("fingerprints.json", json.dumps(checkpoint.fingerprints(model), indent=1))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
   out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("tokenizer",))
-  states = out.folder / "states"
-  if distributed.writes() and states.exists():  # Last: until the commit a stopped run goes on from them.
-    states.rmtree()
+  for folder in (out.folder / "states", out.folder / CANDIDATES):
+    if distributed.writes() and folder.exists():  # Last: until the commit a stopped run goes on from them.
+      folder.rmtree()
 
 
 def load_tokenizer(artifact: artifacts.Artifact) -> tokenizer.Tokenizer:

@@ -252,6 +252,30 @@ def dpo(runs: Mapping[str, Series]) -> str:
   return _drawn(4, draw)
 
 
+def checkpoints(runs: Mapping[str, tuple[Sequence[int], Sequence[Mapping[str, Any]], int]]) -> str:
+  """Wins minus losses of each checkpoint against the one before it, in per cent; a ring marks the one that was kept.
+
+  Args:
+    runs: (steps, estimates, step of the one kept) by the name of the model.
+  """
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (name, (steps, nets, kept)) in zip(axes, runs.items(), strict=True):
+      known = [(step, net) for step, net in zip(steps, nets, strict=True) if net["value"] is not None]
+      for step, net in known:
+        if net["low"] is not None:
+          axis.plot([step, step], [100 * net["low"], 100 * net["high"]], color=_SERIES[0], linewidth=2.2, alpha=0.55)
+      axis.plot([step for step, _ in known], [100 * net["value"] for _, net in known], "o-", color=_SERIES[0])
+      chosen = [(step, 100 * net["value"]) for step, net in known if step == kept]
+      axis.plot([x for x, _ in chosen], [y for _, y in chosen], "o", color=_SERIES[1], fillstyle="none", markersize=11)
+      axis.axhline(0, color=_INK, linewidth=0.8)
+      axis.set_title(f"{name}: win − loss, %")
+      axis.set_xlabel("step")
+      axis.set_xlim(0, 1.08 * max(steps))
+
+  return _drawn(len(runs), draw, width=_row_width(len(runs)))
+
+
 def smooth(rows: Iterable[Mapping[str, float]], points: int = 150) -> dict[str, list[float]]:
   """Columns of training metrics, averaged over windows of equal size so that about `points` remain."""
   given = list(rows)

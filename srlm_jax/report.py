@@ -24,6 +24,7 @@ from srlm_jax import (
   paper,
   plots,
   records,
+  selection,
   tables,
   world,
 )
@@ -44,10 +45,11 @@ UNSTATED = (
   *(
     f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
   ),
+  *("select.judge", "select.patience", "select.pairwise", "select.sampling.", "select.verdict."),
 )
 MACHINE = (
   *("seed", "mesh.", "generation.", "server.", "endpoint.", "tokenizer"),
-  *("base.path", "prompts.path", "prompts.per_round", "alpaca_eval.url"),
+  *("base.path", "prompts.path", "prompts.per_round", "select.path", "alpaca_eval.url"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
@@ -277,6 +279,27 @@ def _training(finished: Finished) -> Section:
   return Section("training", "Training", plots=tuple(drawn))
 
 
+def _checkpoints(finished: Finished) -> tuple[Section, ...]:
+  """How checkpoints were chosen among; nothing where no model was chosen so."""
+  facts = {lineage.label(name): artifact.manifest()["facts"] for name, artifact in finished.items()}
+  found = {name: one["selection"] for name, one in facts.items() if "selection" in one}
+  if not found:
+    return ()
+  runs = {
+    name: ([trial["step"] for trial in one["curve"]], [trial["net"] for trial in one["curve"]], one["chosen"])
+    for name, one in found.items()
+  }
+  text = " ".join(
+    [
+      "At each checkpoint the model answers the validation prompts, and a judge compares its answers with those of the "
+      "checkpoint before it; step 0 is the model where training started.",
+      *selection.sentences(found),
+    ]
+  )
+  shown = Plot(plots.checkpoints(runs), "Against the checkpoint before, with 95 % intervals. A ring: the model.")
+  return (Section("selection", "Choice of checkpoints", text, (selection.table(found),), (shown,)),)
+
+
 def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float, float], votes: int) -> Section:
   """What the iterations' own data look like, and how right the judge was where the oracle can tell."""
   judged = [one for one in rounds if one.judgements]
@@ -315,6 +338,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
     *_outside(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _training(finished),
+    *_checkpoints(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),
     Section("settings", "Deviations from the paper", tables=(deviations_table(settings),)),
   )

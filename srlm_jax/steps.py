@@ -34,6 +34,12 @@ STAGES = {
 
 SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate")  # Stages that generate.
 
+# Of these settings the choice among checkpoints depends, beside those of training and of the seed data.
+SELECT = (
+  *("select.judge", "select.every", "select.patience", "select.pairwise", "select.sampling", "select.verdict"),
+  *("chat", "generation.shard"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -74,11 +80,15 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
     "judge.rubric": templates.load_rubric(settings.judge.rubric).digest,
     "evaluate.pairwise": templates.load_pairwise(settings.evaluate.pairwise).digest,
     "prompts.few_shot": templates.few_shot_digest(),
+    "select.pairwise": templates.load_pairwise(settings.select.pairwise).digest,
   }
   for name in DATA:
     path = resolve(settings.data[name], workdir)
     if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
       found[f"data.{name}"] = artifacts.file_sha256(path)
+  path = resolve(settings.select.path, workdir)
+  if path and not settings.select.path.startswith("world/") and path.exists():
+    found["select.path"] = artifacts.file_sha256(path)
   return found
 
 
@@ -97,13 +107,16 @@ def check_start(
     "data.trees": "seed" in stages,
     "data.heldout_trees": "seed" in stages and c.data.heldout_trees,
     "data.eval_prompts": "seed" in stages and c.data.eval_prompts,
+    "select.path": "seed" in stages and c.select.path and c.select.judge != "none",
     "data.judgements": "eft" in stages and c.eft.writer == "annotators",
   }
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
     path = resolve(value, workdir)
     if path is None:
-      raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
+      both = key == "prompts.path" and c.select.judge == "writer"
+      other = " Its model judges checkpoints, too (select.judge; 'none' makes no choice among them)." if both else ""
+      raise ValueError(f"{key} is not set: give --config.{key}=PATH.{other}")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
   if c.evaluate.grader == "endpoint" and "evaluate" in stages:  # Both raise for what they cannot use.
@@ -167,6 +180,14 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
   if settings.evaluate.grader == "oracle" and not settings.world.enabled:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge', 'endpoint' or 'none'.")
+  select = settings.select
+  if select.judge == "oracle" and not settings.world.enabled:
+    raise ValueError("select.judge='oracle' judges the tiny world alone: use 'writer', 'parent', a model, or 'none'.")
+  if min(select.every, select.prompts, select.patience) < 1:
+    raise ValueError(
+      f"select.every={select.every}, select.prompts={select.prompts}, select.patience={select.patience}: each must be "
+      "at least 1; select.judge='none' makes no choice among checkpoints."
+    )
   if settings.responses.sampling.stop:
     raise ValueError(
       f"responses.sampling.stop={settings.responses.sampling.stop}: answers that a string ends have no end token, and "
@@ -194,6 +215,7 @@ class _Plan:
     self.steps: list[Step] = []
     self.world = {"world": "world"} if settings.world.enabled else {}
     self.where = {name: resolve(settings.data[name], workdir) for name in DATA}
+    self.where["validation"] = resolve(settings.select.path, workdir)
     self.read = read_files(settings, workdir)
 
   def add(
@@ -204,7 +226,8 @@ class _Plan:
       for setting, digest in self.read.items()
       if any(setting == key or setting.startswith(f"{key}.") for key in keys)
     }
-    if self.settings.server.url and stage in SAMPLING and (stage != "eft" or self.settings.eft.writer == "baseline"):
+    asks = stage in SAMPLING and (stage != "eft" or self.settings.eft.writer == "baseline")
+    if self.settings.server.url and (asks or "judge" in inputs):
       read["server"] = "yes"  # Its texts are others than our own sampler's.
     self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run, self.mesh_of(stage)))
 
@@ -214,6 +237,28 @@ class _Plan:
   def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
     stage = run.__module__.rpartition(".")[2]
     return functools.partial(run, settings=settings or self.settings, mesh=self.mesh_of(stage))
+
+  def train(
+    self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]
+  ) -> None:
+    """Adds a step that trains and, unless that is off, chooses among its checkpoints (paper §3.1.2)."""
+    c, work = self.settings, self.call(run)
+    if c.select.judge != "none":
+      keys, inputs = (*keys, *SELECT), {**inputs, "seed": "seed"}
+      if c.select.judge != "oracle":
+        inputs["judge"] = self.referee(folder, inputs["parent"])
+      work = functools.partial(work, sampling=sampling_mesh(c, self.mesh))
+    self.add(folder, stage, keys, inputs, work)
+
+  def referee(self, folder: str, parent: str) -> str:
+    """The folder of the model that compares the checkpoints of a training."""
+    name = self.settings.select.judge
+    if name == "writer":
+      return self.fixed_writer()
+    models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
+    if name not in ("parent", *models):
+      raise artifacts.unknown(name, ["none", "oracle", "writer", "parent", *models], f"select.judge of {folder}")
+    return parent if name == "parent" else name
 
   def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:
     tokenizer, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)
@@ -230,8 +275,9 @@ class _Plan:
     if c.world.enabled:
       self.add("world", "world", ("world", "judge.rubric"), {}, functools.partial(world.run, settings=c))
     self.base_model("m0", c)
-    self.add("seed", "seed", ("data",), self.world, functools.partial(seed.run, settings=c, where=self.where))
-    self.add("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, self.call(sft.run))
+    of = ("data", *(("select.prompts", "select.path") if c.select.judge != "none" else ()))
+    self.add("seed", "seed", of, self.world, functools.partial(seed.run, settings=c, where=self.where))
+    self.train("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, sft.run)
     self.evaluation("baseline", [])
     inputs = {"parent": "m0", "seed": "seed"}
     if c.eft.enabled:
@@ -239,7 +285,7 @@ class _Plan:
       run = functools.partial(self.call(eft.run), where=self.where)
       self.add("eft", "eft", ("eft", "judge", "chat", "data.judgements", "generation.shard"), sources, run)
       inputs["eft"] = "eft"
-    self.add("m1", "sft", keys, inputs, self.call(sft.run))
+    self.train("m1", "sft", keys, inputs, sft.run)
     self.evaluation("m1", ["baseline"])
 
   def iteration(self, index: int) -> None:
@@ -264,26 +310,23 @@ class _Plan:
     if c.dpo.method == "positive_only":
       eft_input = {"eft": "eft"} if c.eft.enabled else {}
       inputs = {"parent": "m0", "seed": "seed", **eft_input, **scored}
-      self.add(
-        f"m{index}",
-        "dpo",
-        ("sft", "dpo.method", "judge.rubric", "chat", "model"),
-        inputs,
-        self.call(dpo.run_positive_only),
-      )
+      keys = ("sft", "dpo.method", "judge.rubric", "chat", "model")
+      self.train(f"m{index}", "dpo", keys, inputs, dpo.run_positive_only)
       return
     references = {"previous": parent, "baseline": "baseline"}
     inputs = {"reference": references[c.dpo.reference], **scored}
     self.add(names["pairs"], "pairs", ("pairs", "dpo.batch", "chat", "model"), inputs, self.call(pairs.run))
-    self.add(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, self.call(dpo.run))
+    self.train(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, dpo.run)
 
   def writer(self, parent: str) -> str:
-    """The folder of the model that writes new prompts; a fixed one from outside gets its own step, once."""
-    c = self.settings
-    folders = {"fixed": "writer", "m0": "m0", "parent": parent}
-    if c.prompts.writer == "fixed":
-      self.outside_model("writer", c.prompts.path)
-    return folders[c.prompts.writer]
+    """The folder of the model that writes new prompts."""
+    kind = self.settings.prompts.writer
+    return self.fixed_writer() if kind == "fixed" else {"m0": "m0", "parent": parent}[kind]
+
+  def fixed_writer(self) -> str:
+    """The folder of the fixed model from outside."""
+    self.outside_model("writer", self.settings.prompts.path)
+    return "writer"
 
   def outside_model(self, folder: str, path: str) -> None:
     """Imports a model from outside the run, once."""

@@ -112,7 +112,9 @@ THERE = {"base.path": __file__, "prompts.path": __file__, "data.trees": __file__
   [
     ({}, r"base\.path is not set: give --config\.base\.path=PATH\."),
     ({"base.path": "/nowhere"}, r"base\.path=/nowhere: there is no such file or folder\."),
-    ({"base.path": __file__}, r"prompts\.path is not set"),
+    ({"base.path": __file__}, r"prompts\.path is not set: give .* Its model judges checkpoints, too"),
+    ({"base.path": __file__, "prompts.writer": "m0"}, r"prompts\.path is not set: .* \(select\.judge; 'none' makes no"),
+    ({**THERE, "select.path": "/nowhere"}, r"select\.path=/nowhere: there is no such file"),
     ({**THERE, "data.trees": ""}, r"data\.trees is not set"),
     ({**THERE, "eft.writer": "annotators"}, r"data\.judgements is not set"),
     ({**THERE, "base.kind": "random"}, r"tokenizer is not set"),

@@ -346,7 +346,8 @@ def planned(**changes: object) -> dict[str, steps.Step]:
 def test_a_server_is_in_the_identity_of_what_it_samples_alone() -> None:
   ours, theirs = planned(), planned(**{"server.url": "http://host:1", "server.retries": 9})
   differ = {folder for folder in ours if ours[folder].config != theirs[folder].config}
-  sampled = {step.folder for step in ours.values() if step.stage in steps.SAMPLING}
+  # A training samples where a model judges its checkpoints.
+  sampled = {step.folder for step in ours.values() if step.stage in steps.SAMPLING or "judge" in step.inputs}
   assert differ == sampled and all(theirs[folder].config["server"] == "yes" for folder in differ)
   assert all("server" not in key for step in ours.values() for key in step.config)
   people = planned(**{"server.url": "http://host:1", "eft.writer": "annotators"})
