@@ -128,7 +128,7 @@ def base() -> config_dict.ConfigDict:
 def _thresholds() -> dict[str, float]:
   """Beyond which a monitor warns in the report; inf: never (-inf for entropy and variety, which warn below)."""
   return dict(
-    inflation=0.25,  # Points by which the mean score of people's held-out replies rises: the same texts, a kinder judge.
+    inflation=0.25,  # Points by which the mean score of people's held-out replies rises: same texts, kinder judge.
     rise=0.75,  # The same of its own new answers, which may well become better: by 0.2 to 0.5 in the tiny world.
     top=0.8,  # Share of own answers with the highest score: a pair needs a lower one beside it.
     entropy=0.5,  # Bits of the scores: 0.47 where nine of ten are one, as the paper's without EFT (all are 4).

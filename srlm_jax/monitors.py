@@ -290,8 +290,8 @@ def table(readings: Mapping[str, Reading], limits: Mapping[str, float]) -> table
     rows.append(tables.row(rule.title, *cells, rule.threshold(limits)))
   note = (
     "New answers are a model's own to new prompts, judged by itself. Held-out replies are people's, the same for every "
-    "model. Lengths and words are counted in its answers to held-out instructions: distinct words, pairs and triples in "
-    "the first 100 words of each. An answer repeats itself where more than 30 % of its 4-grams were there before. "
+    "model. Lengths and words are counted in its answers to held-out instructions: distinct words, pairs and triples "
+    "in the first 100 words of each. An answer repeats itself where more than 30 % of its 4-grams were there before. "
     "Changes are against the model before. The thresholds are monitors.warn in the configuration."
   )
   return tables.Table("monitors", "Monitors", ("", *readings, "warns"), tuple(rows), note, words=(0,))
