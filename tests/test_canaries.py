@@ -37,8 +37,8 @@ HOW = sampling.Sampling(temperature=1.0, top_p=1.0, max_new=40)
 REAL = os.environ.get("SRLM_REAL_DATA")
 
 
-def names(given: tuple[canaries.Canary, ...]) -> list[str]:
-  return [canary.name for canary in given]
+def names(tricks: tuple[canaries.Canary, ...]) -> list[str]:
+  return [canary.name for canary in tricks]
 
 
 def judged(
@@ -157,17 +157,19 @@ def test_a_real_model_s_score_is_what_its_own_tokens_say(judge: rollout.Speaker)
       said[canary.name] = [templates.parse_score(text, TINY.low, TINY.high)[0] for text in texts]
   assert len(said) >= len(found) - 3  # The longest are too long for it: they are not asked about, and have no score.
   for one in judgements:
-    assert [vote.score for vote in one.votes] == said.get(one.prompt_id, [None, None]), one.prompt_id
-    assert one.score is None or min(said[one.prompt_id], key=str) is None or one.score == sum(said[one.prompt_id]) / 2
+    votes = said.get(one.prompt_id, [None, None])
+    readable = [vote for vote in votes if vote is not None]
+    assert [vote.score for vote in one.votes] == votes, one.prompt_id
+    assert one.score == (sum(readable) / len(readable) if readable else None), one.prompt_id
   assert len({one.score for one in judgements}) >= 5  # It does give scores, and not always the same.
   assert canaries.unfounded(judgements, TINY) == 0
 
 
 def judgement(name: str, *votes: tuple[float | None, str], score: float | None) -> records.Judgement:
-  given = tuple(
+  cast = tuple(
     records.Vote(text=text, score=value, reason="" if value is not None else "no_score") for value, text in votes
   )
-  return records.Judgement(prompt_id=name, sample=0, votes=given, score=score)
+  return records.Judgement(prompt_id=name, sample=0, votes=cast, score=score)
 
 
 def test_a_score_that_the_judge_did_not_write_is_found() -> None:

@@ -59,6 +59,12 @@ def test_figures_come_from_each_model_s_artifacts(run: made_run.Run) -> None:
   assert "mean score of people's held-out replies" not in rows  # None of the made judgements has a score.
 
 
+def test_the_figure_has_a_panel_for_each_main_figure_that_there_is(run: made_run.Run) -> None:
+  svg = collected(run).svg
+  assert "entropy of own scores, bits" in svg and "canaries above people, %" in svg and "M2" in svg
+  assert "score, people" not in svg
+
+
 def test_canaries_above_a_person_are_marked(run: made_run.Run) -> None:
   _, found = collected(run).tables
   assert found.columns == ("response", "kind", "M1")
