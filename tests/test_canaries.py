@@ -147,14 +147,17 @@ def test_a_real_model_s_score_is_what_its_own_tokens_say(judge: rollout.Speaker)
   candidates = [rollout.Candidate(canary.name, 0, TASK, canary.text) for canary in found]
   judgements = rollout.judge(judge, candidates, rollout.Judging(TINY, 2, 1, short))
   engine = judge.generator(short)
+  tokens = {canary.name: judge.chat(TINY.fill(TASK, canary.text)) for canary in found}
+  requests = {
+    generator.Request(f"judge {TINY.digest} {name} 0", ids, 2): name
+    for name, ids in tokens.items()
+    if len(ids) <= engine.max_prompt
+  }
   said: dict[str, list[float | None]] = {}
-  for canary in found:  # The same draws again, with nothing of ours between the model's tokens and the parser.
-    tokens = judge.chat(TINY.fill(TASK, canary.text))
-    if len(tokens) <= engine.max_prompt:
-      request = generator.Request(f"judge {TINY.digest} {canary.name} 0", tokens, 2)
-      ((_, completions),) = engine.generate([request])
-      texts = [judge.tokenizer.decode(one.tokens) if one.finished else "" for one in completions]
-      said[canary.name] = [templates.parse_score(text, TINY.low, TINY.high)[0] for text in texts]
+  # The same draws again, with nothing of ours between the model's tokens and the parser.
+  for request, completions in engine.generate(list(requests)):
+    texts = [judge.tokenizer.decode(one.tokens) if one.finished else "" for one in completions]
+    said[requests[request]] = [templates.parse_score(text, TINY.low, TINY.high)[0] for text in texts]
   assert len(said) >= len(found) - 3  # The longest are too long for it: they are not asked about, and have no score.
   for one in judgements:
     votes = said.get(one.prompt_id, [None, None])

@@ -93,7 +93,7 @@ def test_a_warning_in_full() -> None:
     "M3: entropy of its scores, bits: 0.47; monitors.warn.entropy warns below 0.50. Look at its votes in "
     "aift…/judgements: nearly all answers get one score, as in the paper's run without EFT.",
     "M3: growth of characters, times: 1.64; monitors.warn.growth warns above 1.50. Look at the lengths of chosen and "
-    "rejected answers, and the duels: do answers win because they are longer?",
+    "rejected answers, and the duels: answers may win because they are longer.",
   ]
 
 
