@@ -157,7 +157,7 @@ def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
   assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES))
   both = [config.base(), config.base()]
-  both[1].world.enabled = True
+  both[1].world.enabled, both[1].monitors.prompts = True, "prompts.jsonl"
   planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
   assert set(planned) == set(steps.STAGES)
 
