@@ -84,3 +84,4 @@ def _cut(c: config_dict.ConfigDict) -> None:
   c.dpo.update(batch=8, steps=8, warmup=2, save_every=4)
   c.generation.update(rows=96, shard=32)
   c.evaluate.samples = 1
+  c.monitors.canary_prompts = 1

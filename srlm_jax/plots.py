@@ -215,6 +215,22 @@ def lengths(names: Sequence[str], characters: Sequence[Mapping[str, float]]) -> 
   return _drawn(1, draw, width=5.5)
 
 
+def trends(names: Sequence[str], panels: Sequence[tuple[str, float, Sequence[float | None]]]) -> str:
+  """Figures from model to model; panels are (title, scale, a value for each name or None)."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, scale, values) in zip(axes, panels, strict=True):
+      known = [(place, scale * value) for place, value in enumerate(values) if value is not None]
+      axis.plot(*zip(*known, strict=True), "o-", color=_SERIES[0], markersize=4)
+      axis.set_xticks(range(len(names)), names)
+      axis.set_xlim(-0.5, len(names) - 0.5)
+      axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+      axis.set_title(title)
+      axis.tick_params(axis="x", labelsize=7.5)
+
+  return _drawn(len(panels), draw, height=1.9, across=3)
+
+
 def _lines(axis: Axes, runs: Mapping[str, Series], columns: Mapping[str, str], title: str) -> None:
   """Columns of several runs over their steps: one colour for each run, one stroke for each column."""
   for index, (name, run) in enumerate(runs.items()):

@@ -102,6 +102,17 @@ class Duel(Record):
   verdicts: tuple[str, ...] = ()
 
 
+class Probe(Record):
+  """A response that is put before a judge in order to watch the judge; its judgement's prompt_id is this id."""
+
+  id: str
+  name: str
+  kind: str
+  prompt_id: str
+  prompt: str
+  text: str
+
+
 class PreferencePair(Record):
   """Best against worst response of a prompt (paper §2.4), as sampled token ids."""
 

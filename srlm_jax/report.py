@@ -21,6 +21,7 @@ from srlm_jax import (
   findings,
   lineage,
   outside,
+  oversight,
   paper,
   plots,
   records,
@@ -34,7 +35,7 @@ Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifac
 
 # Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
 UNSTATED = (
-  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap"),
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors."),
   *(
     f"{stage}.{key}"
     for stage in ("sft", "dpo")
@@ -318,6 +319,14 @@ def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float,
   return Section("aift", "Self-made preference data", text, tuple(found), tuple(drawn))
 
 
+def _monitors(watched: oversight.Oversight) -> Section:
+  drawn = (Plot(watched.svg, "The main figures, model by model."),) if watched.svg else ()
+  text = (
+    "Signs that a run games its judge, loses its variety or its manners. What is beyond its threshold warns at the top."
+  )
+  return Section("monitors", "Monitors", text, watched.tables, drawn)
+
+
 def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Sequence[str], run_name: str) -> Report:
   """Everything that the report of the run `run_name` shows; `missing` are the steps that are not done yet."""
   oracle = settings.evaluate.grader == "oracle"
@@ -332,11 +341,13 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   }
   judged = next(iter(measured.values()))["judge"]["metrics"]["unreadable"]["count"] if measured else None
   counts = (diagnostics.sizes_table(finished, judged), *diagnostics.counts_tables(finished))
+  watched = oversight.collect(finished, measured, rounds, centres[-1], settings.monitors.warn)
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
     *_outside(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
+    _monitors(watched),
     _training(finished),
     *_checkpoints(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),
@@ -347,7 +358,8 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   for name, artifact in evaluations.items():
     judgements = diagnostics.first_shard(artifact, "judgements", records.Judgement)
     unreadable += excerpts.unreadable(f"{lineage.label(name)} on held-out replies", judgements, 2)
-  warnings = [*lineage.stale(finished), *([f"Not done yet: {', '.join(missing)}."] if missing else [])]
+  unfinished = [f"Not done yet: {', '.join(missing)}."] if missing else []
+  warnings = [*lineage.stale(finished), *unfinished, *watched.warnings]
   return Report(
     title=f"Self-rewarding run: {run_name}",
     facts=run_facts(finished, settings, len(finished) + len(missing)),

@@ -11,8 +11,23 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, endpoint, mesh as mesh_lib, service, templates
-from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
+from srlm_jax import artifacts, chat, config as config_lib, endpoint, mesh as mesh_lib, safety, service, templates
+from srlm_jax.stages import (
+  base,
+  canaries,
+  dpo,
+  eft,
+  evaluate,
+  judge,
+  pairs,
+  prompts,
+  report,
+  responses,
+  safety as safety_stage,
+  seed,
+  sft,
+  world,
+)
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
 
@@ -28,11 +43,13 @@ STAGES = {
   "pairs": "best against worst answer, with the reference's log-probs",
   "dpo": "M_{t+1} by DPO of M_t on the pairs",
   "evaluate": "both skills of a model on held-out data",
+  "canaries": "what a model falls for as a judge",
+  "safety": "a model's answers to your own prompts (monitors.prompts): refused, or helping with harm",
   "report": "one page with everything",
 }
 
 
-SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate")  # Stages that generate.
+SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate", "canaries", "safety")  # Stages that generate.
 
 # Of these settings the choice among checkpoints depends, beside those of training and of the seed data.
 SELECT = (
@@ -81,7 +98,12 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
     "evaluate.pairwise": templates.load_pairwise(settings.evaluate.pairwise).digest,
     "prompts.few_shot": templates.few_shot_digest(),
     "select.pairwise": templates.load_pairwise(settings.select.pairwise).digest,
+    "monitors.rubric": templates.load_rubric(settings.monitors.rubric).digest,
+    "monitors.refusals": safety.load_openings(settings.monitors.refusals).digest,
   }
+  watched = resolve(settings.monitors.prompts, workdir)
+  if watched and watched.exists():
+    found["monitors.prompts"] = artifacts.file_sha256(watched)
   for name in DATA:
     path = resolve(settings.data[name], workdir)
     if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
@@ -109,6 +131,7 @@ def check_start(
     "data.eval_prompts": "seed" in stages and c.data.eval_prompts,
     "select.path": "seed" in stages and c.select.path and c.select.judge != "none",
     "data.judgements": "eft" in stages and c.eft.writer == "annotators",
+    "monitors.prompts": "safety" in stages,
   }
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
@@ -195,6 +218,8 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     )
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
+  if settings.monitors.canary_prompts < 0:
+    raise ValueError(f"monitors.canary_prompts={settings.monitors.canary_prompts}: 0 for none, or a number of prompts.")
   if settings.server.url:
     config_lib.frozen(service.Service, settings.server)  # Raises for what it cannot use.
     if settings.judge.method == "expected":
@@ -348,6 +373,9 @@ class _Plan:
       keys += ["endpoint.url", "endpoint.model"]
     run = functools.partial(self.call(evaluate.run), cache=endpoint_cache(c, self.workdir))
     self.add(f"eval/{name}", "evaluate", tuple(keys), inputs, run)
+    if c.monitors.canary_prompts:
+      sources = ("monitors.canary_prompts", "evaluate.sampling", "judge", "chat", "generation.shard")
+      self.add(f"canaries/{name}", "canaries", sources, {"model": name, "seed": "seed"}, self.call(canaries.run))
 
   def judge(self, name: str) -> str:
     """The folder of the model that decides the duels of another one; one from outside gets its own step, once."""
@@ -360,15 +388,32 @@ class _Plan:
       raise artifacts.unknown(wanted, models, f"model that is there when {name} is evaluated, nor a path with a '/'")
     return wanted
 
+  def safety(self, name: str) -> None:
+    """Watches what a model refuses and what it helps with, on a user's own prompts."""
+    c = self.settings
+    if not c.monitors.prompts:
+      return
+    keys = ("prompts", "rubric", "refusals")
+    self.add(
+      f"safety/{name}",
+      "safety",
+      (*(f"monitors.{key}" for key in keys), "evaluate.sampling", "judge", "chat", "generation.shard"),
+      {"model": name, "judge": self.judge(name)},
+      functools.partial(self.call(safety_stage.run), where=resolve(c.monitors.prompts, self.workdir)),
+    )
+
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
   """All steps of a run, in their order; the last one is the report."""
   check_choices(settings)
   made = _Plan(settings, workdir, mesh)
   made.seed_models()
+  for name in ("baseline", "m1"):  # Behind M1, which may be the judge.
+    made.safety(name)
   for index in range(2, settings.models + 1):
     made.iteration(index)
     made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "m1", "baseline"])))
+    made.safety(f"m{index}")
   inputs = {step.folder: step.folder for step in made.steps}
   run = functools.partial(report.run, settings=settings, steps=made.steps)
   made.add("report", "report", (), inputs, run)

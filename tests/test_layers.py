@@ -13,20 +13,20 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
   "data": (
-    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables selection plots "
-    "config"
+    "records templates filters metrics oasst eft pairing canaries repetition world world_judges world_files paper "
+    "tables selection monitors plots config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
-  "host": "artifacts checkpoint generator service server rollout endpoint train_loop grading pairset",
+  "host": "artifacts checkpoint generator service server rollout endpoint train_loop grading safety pairset",
   "shared by stages": (
-    "modelstore early_stopping finetune lineage diagnostics findings reward excerpts outside alpaca_eval mt_bench "
-    "report"
+    "modelstore early_stopping finetune lineage diagnostics findings reward oversight excerpts outside alpaca_eval "
+    "mt_bench report"
   ),
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
-    "stages.pairs stages.dpo stages.evaluate stages.report"
+    "stages.pairs stages.dpo stages.evaluate stages.canaries stages.safety stages.report"
   ),
   "run": "steps slices chips hlo hlo_cost programs plan main",
 }

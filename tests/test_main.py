@@ -51,11 +51,11 @@ def test_stages_are_shown() -> None:
   assert found.returncode == 0, found.stderr
   rows = [re.split(r"\s{2,}", line.strip()) for line in found.stdout.splitlines()]
   assert [row[0] for row in rows] == [
-    "world", "m0", "seed", "baseline", "eval/baseline", "eft", "m1", "eval/m1", "aift1/prompts", "aift1/responses",
-    "aift1/judgements", "aift1/pairs", "m2", "eval/m2", "report",
+    "world", "m0", "seed", "baseline", "eval/baseline", "canaries/baseline", "eft", "m1", "eval/m1", "canaries/m1",
+    "aift1/prompts", "aift1/responses", "aift1/judgements", "aift1/pairs", "m2", "eval/m2", "canaries/m2", "report",
   ]  # fmt: skip
-  assert rows[0][1:] == ["world", "from nothing"] and rows[6][1:] == ["sft", "from m0, seed, eft"]
-  assert rows[12][1:] == ["dpo", "from m1, aift1/pairs"]
+  assert rows[0][1:] == ["world", "from nothing"] and rows[7][1:] == ["sft", "from m0, seed, eft"]
+  assert rows[14][1:] == ["dpo", "from m1, aift1/pairs"]
 
 
 def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
@@ -145,7 +145,7 @@ def test_the_content_of_a_file_is_part_of_the_configuration(tmp_path: pathlib.Pa
   one, two = configs("one"), configs("two")
   assert {folder for folder in one if one[folder] != two[folder]} == {
     *("seed", "eft", "aift1/judgements", "aift2/judgements"),
-    *(f"eval/{name}" for name in ("baseline", "m1", "m2", "m3")),
+    *(f"{stage}/{name}" for stage in ("eval", "canaries") for name in ("baseline", "m1", "m2", "m3")),
   }
 
 
@@ -191,7 +191,7 @@ def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
   assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES, *main.COMMANDS))
   both = [config.base(), config.base()]
-  both[1].world.enabled = True
+  both[1].world.enabled, both[1].monitors.prompts = True, "prompts.jsonl"
   planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
   assert set(planned) == set(steps.STAGES)
 

@@ -89,6 +89,7 @@ def test_every_table_is_there_with_equal_figures_in_both_forms(written: tuple[st
       "expected",
       "pairs",
       "oracle-pairs",
+      "monitors",
       "sizes",
       "deviations",
       "models",
