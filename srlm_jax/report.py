@@ -13,14 +13,27 @@ from typing import Any
 import jinja2
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, config, diagnostics, excerpts, findings, lineage, paper, plots, records, tables, world
+from srlm_jax import (
+  artifacts,
+  config,
+  diagnostics,
+  excerpts,
+  findings,
+  lineage,
+  nlp_results,
+  paper,
+  plots,
+  records,
+  tables,
+  world,
+)
 from srlm_jax.tables import Table
 
 Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifact, in the order of the stages.
 
 # Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
 UNSTATED = (
-  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap"),
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "nlp."),
   *(
     f"{stage}.{key}"
     for stage in ("sft", "dpo")
@@ -247,6 +260,13 @@ def _judging(measured: findings.Measured) -> Section:
   return Section("judging", "Judging", text, (*found, *beside), drawn)
 
 
+def _outside(finished: Finished) -> tuple[Section, ...]:
+  """The benchmarks that other programs bring, if any was run."""
+  found = tuple(nlp_results.report_tables(finished))
+  text = "What the models can do on benchmarks that other programs bring."
+  return (Section("outside", "Benchmarks from outside", text, found),) if found else ()
+
+
 def _training(finished: Finished) -> Section:
   runs = curves(finished)
   plain = {name: run for name, run in runs.items() if "margin" not in run}
@@ -291,6 +311,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
+    *_outside(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _training(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),

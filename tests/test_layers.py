@@ -18,8 +18,8 @@ LAYERS = {
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
-  "host": "artifacts checkpoint generator server rollout train_loop grading pairset",
-  "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report",
+  "host": "artifacts checkpoint generator lm_eval_model server rollout train_loop grading pairset",
+  "shared by stages": "modelstore finetune lineage nlp_results nlp diagnostics findings excerpts report",
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"

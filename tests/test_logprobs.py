@@ -71,6 +71,19 @@ def test_sequences_that_share_rows_are_summed_apart(model):
   np.testing.assert_allclose(found, logprobs.sequence_logprobs(model, make_batch(EXAMPLES, 9), 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 3, 64])
+def test_continuations_are_scored_from_where_they_begin(model, chunk):
+  rows, starts = [example.tokens for example in EXAMPLES], [example.target_from for example in EXAMPLES]
+  likeliest = int(jnp.argmax(model.logits(model(jnp.array([[4]]), jnp.zeros((1, 1), int), jnp.ones((1, 1), int)))))
+  rows, starts = [*rows, (4, likeliest), ()], [*starts, 1, 1]  # A greedy one, and padding.
+  ends = np.array([len(row) for row in rows], np.int32)
+  found, greedy = logprobs.continuation_scores(model, batching.pad(rows, 9), np.array(starts, np.int32), ends, chunk)
+  expected = [numpy_sequence_logprob(model, row, start) for row, start in zip(rows, starts, strict=True)]
+  np.testing.assert_allclose(found, expected, rtol=1e-4)
+  np.testing.assert_array_equal(greedy, [False, False, likeliest == 2, True, True])
+  assert found.dtype == jnp.float32
+
+
 def test_the_end_token_counts(model):
   whole = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11, 2), 2)], 6), 0)
   cut = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11), 2)], 6), 0)
