@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, modelstore, nlp_results
+from srlm_jax import artifacts, distributed, mesh as mesh_lib, modelstore, nlp_results
 from srlm_jax.nlp_results import How, Result, Results
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def run(
   Args:
     model: the artifact of a finished model.
     settings: of the run; its section `nlp` names the tasks and how they are asked.
-    mesh: the devices.
+    mesh: the devices; in place of one that is each process's own it is all of them, as `mesh` in the settings has it.
     tasks: names of lm-eval's tasks or groups; none: those of `nlp.tasks`.
 
   Raises:
@@ -139,7 +139,7 @@ def run(
       groups.setdefault(hows[task].shots, []).append(task)
   if not groups:
     return results
-  lm = _model(model, settings, mesh)
+  lm = _model(model, settings, mesh_lib.make_mesh(**settings.mesh) if distributed.apart(mesh) else mesh)
   for shots, names in groups.items():
     logger.info("%s: %s, %s shots", model.folder, ", ".join(names), "the tasks' own" if shots is None else shots)
     found = _evaluate(lm, manager, names, shots, settings)
