@@ -10,6 +10,7 @@ the work is one program over all devices, and all get the same answers.
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from srlm_jax import batching, chat, distributed, generator, llama, logprobs, mesh as mesh_lib, sampling
 from srlm_jax.tokenizer import Tokenizer
 
+CHOICES = 4  # Continuations of a row.
 MAX_NEW = 256  # Tokens of a continuation whose task says nothing of its length, as in lm-eval's own backends.
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}  # Arguments of generation, by lm-eval's names.
 
@@ -44,29 +46,55 @@ def sampling_of(arguments: Mapping[str, Any]) -> sampling.Sampling:
   return sampling.Sampling(temperature, float(given.get("top_p", 1.0)), given["max_gen_toks"], stop)
 
 
-def batches(
-  rows: Sequence[tuple[Tokens, int]], size: int, longest: int
-) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-  """Texts in batches of few static shapes: the numbers of the texts in each, and its arrays for the scoring program.
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Continuations that differ in their last token alone, and so go through the model together.
 
-  Those that need most memory come first. Absent rows are padding.
+  Attributes:
+    tokens: the text and the continuation without its last token.
+    start: where the continuation begins.
+    lasts: the last tokens, each with the number of its request.
+  """
+
+  tokens: tuple[int, ...]
+  start: int
+  lasts: tuple[tuple[int, int], ...]
+
+
+def rows_of(texts: Sequence[tuple[Tokens, int]]) -> list[Row]:
+  """The rows of texts, each with the place where its continuation begins; up to CHOICES of them share one."""
+  groups: dict[tuple[tuple[int, ...], int], list[tuple[int, int]]] = {}
+  for index, (tokens, start) in enumerate(texts):
+    groups.setdefault((tuple(tokens[:-1]), start), []).append((tokens[-1], index))
+  return [
+    Row(tokens, start, tuple(lasts[first : first + CHOICES]))
+    for (tokens, start), lasts in groups.items()
+    for first in range(0, len(lasts), CHOICES)
+  ]
+
+
+def batches(rows: Sequence[Row], size: int, longest: int) -> Iterator[tuple[list[Row], Arrays]]:
+  """The rows in batches of few static shapes, with the arrays of the scoring program; absent rows are padding.
+
+  Those that need most memory come first.
 
   Args:
-    rows: a text's tokens, up to longest + 1 of them, and the place where its continuation begins.
+    rows: of up to `longest` tokens.
     size: rows of a batch.
     longest: tokens that go through the model at the most.
   """
-  buckets: dict[int, list[int]] = {}
+  buckets: dict[int, list[Row]] = {}
   sizes = batching.doubling_buckets(32, longest)
-  for index, (tokens, _) in enumerate(rows):
-    buckets.setdefault(batching.bucket(len(tokens) - 1, sizes), []).append(index)
-  for length, indices in sorted(buckets.items(), reverse=True):
-    for first in range(0, len(indices), size):
-      part = indices[first : first + size]
-      starts, ends = np.ones(size, np.int32), np.zeros(size, np.int32)
-      starts[: len(part)] = [rows[index][1] for index in part]
-      ends[: len(part)] = [len(rows[index][0]) for index in part]
-      yield part, [batching.pad([rows[index][0] for index in part], length + 1, size), starts, ends]
+  for row in rows:
+    buckets.setdefault(batching.bucket(len(row.tokens), sizes), []).append(row)
+  for length, alike in sorted(buckets.items(), reverse=True):
+    for first in range(0, len(alike), size):
+      part = alike[first : first + size]
+      starts, lengths = np.ones(size, np.int32), np.zeros(size, np.int32)
+      starts[: len(part)] = [row.start for row in part]
+      lengths[: len(part)] = [len(row.tokens) for row in part]
+      lasts = batching.pad([[last for last, _ in row.lasts] for row in part], CHOICES, size)
+      yield part, [batching.pad([row.tokens for row in part], length, size), starts, lengths, lasts]
 
 
 class LlamaLM(TemplateLM):
@@ -173,7 +201,7 @@ class LlamaLM(TemplateLM):
       return list(self._chats[context]), self.words.encode(continuation.removeprefix(" "))
     return super()._encode_pair(context, continuation)
 
-  def _row(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, int]:
+  def _text(self, context: Tokens, continuation: Tokens) -> tuple[Tokens, int]:
     """A text of max_length + 1 tokens at the most, cut on the left, and where its continuation begins."""
     if not 0 < len(continuation) <= self.max_length:
       raise ValueError(
@@ -192,17 +220,19 @@ class LlamaLM(TemplateLM):
       requests: what to remember the answer by (None: not at all), the context's tokens and the continuation's.
       disable_tqdm: there is no progress bar here.
     """
-    rows = [self._row(context, continuation) for _, context, continuation in requests]
+    rows = rows_of([self._text(context, continuation) for _, context, continuation in requests])
     sharding = jax.sharding.NamedSharding(self.mesh, mesh_lib.spec(("batch",)))
     found: dict[int, Scored] = {}
 
-    def read(part: list[int], scored: tuple[jax.Array, jax.Array]) -> None:
+    def read(part: list[Row], scored: tuple[jax.Array, jax.Array]) -> None:
       sums, greedy = jax.device_get(distributed.whole(scored))
-      found.update((index, (float(sums[row]), bool(greedy[row]))) for row, index in enumerate(part))
-      distributed.progress(f"log-likelihood {len(found)} of {len(rows)}")
+      for number, row in enumerate(part):
+        for place, (_, index) in enumerate(row.lasts):
+          found[index] = float(sums[number, place]), bool(greedy[number, place])
+      distributed.progress(f"log-likelihood {len(found)} of {len(requests)}")
 
     with jax.set_mesh(self.mesh):
-      pending: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None
+      pending: tuple[list[Row], tuple[jax.Array, jax.Array]] | None = None
       for part, arrays in batches(rows, self.rows, self.max_length):
         placed = distributed.place(arrays, sharding)
         scored = logprobs.continuation_scores(self.model, *placed, chunk=self.chunk)
@@ -211,7 +241,7 @@ class LlamaLM(TemplateLM):
         pending = part, scored
       if pending is not None:
         read(*pending)
-    answers = [found[index] for index in range(len(rows))]
+    answers = [found[index] for index in range(len(requests))]
     for (key, _, _), answer in zip(requests, answers, strict=True):
       if key is not None:
         self.cache_hook.add_partial("loglikelihood", key, answer)

@@ -119,22 +119,30 @@ def sequence_logprobs(
 
 @functools.partial(jax.jit, static_argnames="chunk")
 def continuation_scores(
-  model: llama.Llama, rows_BS: jax.Array, starts_B: jax.Array, ends_B: jax.Array, chunk: int
+  model: llama.Llama, rows_BT: jax.Array, starts_B: jax.Array, lengths_B: jax.Array, lasts_BK: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-  """How likely continuations of texts are: float32 [B], their log-probs; bool [B], whether they are the greedy ones.
+  """How likely continuations of texts are: float32 [B, K], their log-probs; bool [B, K], whether they are greedy ones.
+
+  The K continuations of a row differ in their last token alone: choices such as A, B, C and D cost one of them.
 
   Args:
     model: what computes them.
-    rows_BS: int32, a text and its continuation, padded on the right. S - 1 tokens go through the model, as the last one
-      has nothing to predict.
+    rows_BT: int32, a text and its continuation but the last token, which has nothing to predict; padded on the right.
     starts_B: int32, where the continuation begins, at 1 or later: its first token, too, needs one before it.
-    ends_B: int32, the place behind its last token; a row of which it is 0 is padding.
+    lengths_B: int32, tokens of each row, at least its start; 0 is padding, whose results mean nothing.
+    lasts_BK: int32, the last tokens.
     chunk: see next_token_logprobs.
   """
-  tokens_BT, next_BT = rows_BS[:, :-1], rows_BS[:, 1:]
-  places_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  real_BT = places_BT < ends_B[:, None] - 1
-  hidden_BTD = model(tokens_BT, places_BT, real_BT.astype(jnp.int32))
-  logprobs_BT, matches_BT = _chunked(functools.partial(_chunk_matches, model), hidden_BTD, next_BT, chunk)
-  asked_BT = real_BT & (places_BT >= starts_B[:, None] - 1)
-  return jnp.sum(jnp.where(asked_BT, logprobs_BT, 0.0), axis=-1), jnp.all(matches_BT | ~asked_BT, axis=-1)
+  places_BT = jnp.broadcast_to(jnp.arange(rows_BT.shape[1]), rows_BT.shape)
+  real_BT = places_BT < lengths_B[:, None]
+  hidden_BTD = model(rows_BT, places_BT, real_BT.astype(jnp.int32))
+  score = functools.partial(_chunk_matches, model)
+  logprobs_BT, matches_BT = _chunked(score, hidden_BTD[:, :-1], rows_BT[:, 1:], chunk)
+  asked_BT = (real_BT & (places_BT >= starts_B[:, None]))[:, 1:]
+  sum_B = jnp.sum(jnp.where(asked_BT, logprobs_BT, 0.0), axis=-1)
+  greedy_B = jnp.all(matches_BT | ~asked_BT, axis=-1)
+  end_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+  logits_BV = model.logits(end_BD).astype(jnp.float32)
+  taken_BK = jnp.take_along_axis(logits_BV, lasts_BK, axis=-1) - jax.nn.logsumexp(logits_BV, axis=-1)[:, None]
+  likeliest_B1 = jnp.argmax(logits_BV, axis=-1)[:, None]
+  return sum_B[:, None] + taken_BK, greedy_B[:, None] & (likeliest_B1 == lasts_BK)

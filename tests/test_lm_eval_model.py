@@ -147,13 +147,33 @@ def test_as_many_programs_as_lengths(ours: Any) -> None:
     for _ in range(90)
   ]
   ours._loglikelihood_tokens(requests)
-  lengths = {next(size for size in (32, 48, 64, 96, 128) if len(a) + len(b) - 1 <= size) for _, a, b in requests}
+  lengths = {
+    next(size for size in (32, 48, 64, 96, 128) if len(one) + len(two) <= size + 1) for _, one, two in requests
+  }
   assert len(lengths) == 5
   before = logprobs.continuation_scores._cache_size()
   together = ours._loglikelihood_tokens(requests[::-1])[::-1]
   assert logprobs.continuation_scores._cache_size() == before
   alone = [ours._loglikelihood_tokens([request])[0] for request in requests[:8]]
   np.testing.assert_allclose(together[:8], alone, atol=1e-4)
+
+
+def test_choices_of_one_token_go_through_the_model_together(ours: Any) -> None:
+  requests = [(None, [5, 6, 7], [last]) for last in range(10, 16)] + [
+    (None, [5, 6], [7, 10]),
+    (None, [5, 6, 7], [8, 10]),
+  ]
+  rows = lm_eval_model.rows_of([ours._text(context, continuation) for _, context, continuation in requests])
+  assert [(row.tokens, row.start, [index for _, index in row.lasts]) for row in rows] == [
+    ((5, 6, 7), 3, [0, 1, 2, 3]),
+    ((5, 6, 7), 3, [4, 5]),
+    ((5, 6, 7), 2, [6]),
+    ((5, 6, 7, 8), 3, [7]),
+  ]
+  together = ours._loglikelihood_tokens(requests)
+  alone = [ours._loglikelihood_tokens([request])[0] for request in requests]
+  np.testing.assert_allclose(together, alone, atol=1e-5)
+  assert len({round(likelihood, 3) for likelihood, _ in together}) == len(requests)
 
 
 def test_a_document_brings_in_no_special_token(ours: Any) -> None:
