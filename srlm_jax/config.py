@@ -165,6 +165,18 @@ def base() -> config_dict.ConfigDict:
     refusals="refusals",  # File of the openings by which a refusal is known.
     warn=_thresholds(),
   )
+
+  # NLP benchmarks by lm-eval: `srlm evaluate lm-eval`. No step of a run reads this.
+  c.nlp = dict(
+    tasks=dict(  # Each with its shots: unstated; these are Llama 2's.
+      arc_easy=0, arc_challenge=0, hellaswag=0, social_iqa=0, piqa=0, gsm8k=8, mmlu=5, openbookqa=0, nq_open=0
+    ),
+    include_path="",  # A folder with lm-eval tasks (YAML) of your own.
+    chat=False,  # unstated: whether prompts go through the chat template.
+    add_bos=True,  # Whether texts begin with the begin token, as Llama's do.
+    limit=0,  # Documents of each task, the first ones; 0: all.
+    rows=64,  # Texts that go through the model at once.
+  )
   return c
 
 

@@ -116,10 +116,8 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
   return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)
 
 
-def _generators(
-  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
-) -> Callable[[sampling.Sampling, int], generator.Generator]:
-  """Gives generators of one model.
+def in_use(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> llama.Llama:
+  """The model of an artifact with its kernels in the type that they are used in, on a mesh that may be sampling's own.
 
   It is read and cast where it takes least room, in parts on the mesh of training: all processes together read it once,
   and no device ever holds more than its part of the stored weights and of the used ones.
@@ -131,6 +129,14 @@ def _generators(
       model = _cast(model, settings.model.dtype)
     if mesh != training:
       model = mesh_lib.moved(model, mesh)
+  return model
+
+
+def _generators(
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
+) -> Callable[[sampling.Sampling, int], generator.Generator]:
+  """Gives generators of one model."""
+  model = in_use(artifact, settings, mesh)
   rows, seed = settings.generation.rows, settings.seed
   return lambda how, limit: generator.Generator(model, words.eos_id, how, rows, limit, seed, words.decode)
 

@@ -20,6 +20,7 @@ from srlm_jax import (
   excerpts,
   findings,
   lineage,
+  nlp_results,
   outside,
   oversight,
   paper,
@@ -35,7 +36,7 @@ Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifac
 
 # Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
 UNSTATED = (
-  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors."),
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors.", "nlp."),
   *(
     f"{stage}.{key}"
     for stage in ("sft", "dpo")
@@ -266,9 +267,10 @@ def _judging(measured: findings.Measured) -> Section:
 
 
 def _outside(finished: Finished) -> tuple[Section, ...]:
-  """Benchmarks from outside, where any was run."""
-  found = tuple(outside.report_tables(finished))
-  return (Section("outside", "Benchmarks from outside", tables=found),) if found else ()
+  """The benchmarks that other programs bring, if any was run."""
+  found = (*outside.report_tables(finished), *nlp_results.report_tables(finished))
+  text = "What the models can do on benchmarks that other programs bring."
+  return (Section("outside", "Benchmarks from outside", text, found),) if found else ()
 
 
 def _training(finished: Finished) -> Section:

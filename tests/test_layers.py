@@ -19,10 +19,12 @@ LAYERS = {
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
-  "host": "artifacts checkpoint generator service server rollout endpoint train_loop grading safety pairset",
+  "host": (
+    "artifacts checkpoint generator lm_eval_model service server rollout endpoint train_loop grading safety pairset"
+  ),
   "shared by stages": (
-    "modelstore early_stopping finetune lineage diagnostics findings reward oversight excerpts outside alpaca_eval "
-    "mt_bench report"
+    "modelstore early_stopping finetune lineage nlp_results nlp diagnostics findings reward oversight excerpts outside "
+    "alpaca_eval mt_bench report"
   ),
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
