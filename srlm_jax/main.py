@@ -18,7 +18,19 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, server, slices, steps
+from srlm_jax import (
+  artifacts,
+  comparison,
+  convert,
+  distributed,
+  llama,
+  mesh as mesh_lib,
+  modelstore,
+  plan,
+  server,
+  slices,
+  steps,
+)
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -29,7 +41,10 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
 )
 _MODEL = flags.DEFINE_string("model", None, "For export: which model of the work directory (m0, baseline, m1, m2, …).")
-_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write.")
+_OUT = flags.DEFINE_string(
+  "out", None, "What to write. For export: the Hugging Face folder; for compare: the page, NAME.html."
+)
+_RUNS = flags.DEFINE_list("runs", [], "For compare: the work directories of two runs or more, with commas between.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -53,6 +68,7 @@ def usage() -> str:
     "stages": "print the steps of this configuration and how far they are; do nothing",
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
+    "compare": "write a page about several runs side by side: --runs=runs/a,runs/b --out=compare.html",
     **steps.STAGES,
   }
   width = max(map(len, rows))
@@ -148,6 +164,19 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   logger.info("for --config.server.url it is served by: %s", command)
 
 
+def compare(folders: Sequence[str], out: str) -> None:
+  """Writes a page about the runs in these work directories, and its Markdown beside it."""
+  if not out.endswith(".html"):
+    raise ValueError(f"--out={out}: the page's name must end with .html; its Markdown is written beside it.")
+  page = _absolute(out)
+  names = [folder.rstrip("/") for folder in folders]
+  found = comparison.compare([comparison.read(_absolute(name), name) for name in names])
+  page.parent.mkdir(parents=True, exist_ok=True)
+  artifacts.write_whole(page, comparison.html(found))
+  artifacts.write_whole(page.with_suffix(".md"), comparison.markdown(found))
+  logger.info("compared %s: %s", ", ".join(names), page)
+
+
 def _absolute(folder: str) -> epath.Path:
   """The folder's whole path: Orbax takes no other."""
   path = epath.Path(folder)
@@ -170,12 +199,14 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
-  valid = ["all", "stages", "plan", "export", *steps.STAGES]
+  valid = ["all", "stages", "plan", "export", "compare", *steps.STAGES]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
-  if _CONFIG.value is None:
+  if stage == "compare" and not (_RUNS.value and _OUT.value):
+    raise app.UsageError("compare needs --runs, work directories with commas between, and --out, the page to write.")
+  if _CONFIG.value is None and stage != "compare":
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  if _WORKDIR.value is None and stage not in ("stages", "plan"):
+  if _WORKDIR.value is None and stage not in ("stages", "plan", "compare"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
@@ -195,7 +226,9 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
   try:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
-    if workdir is None or stage == "stages":
+    if stage == "compare" and _OUT.value:
+      compare(_RUNS.value, _OUT.value)
+    elif workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)

@@ -13,13 +13,13 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
   "data": (
-    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
+    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots pages config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": "artifacts checkpoint generator server rollout train_loop grading pairset",
-  "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report",
+  "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report comparison",
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
     "stages.pairs stages.dpo stages.evaluate stages.report"
