@@ -68,10 +68,11 @@ def read(folder: epath.Path, name: str) -> Run:
   Raises:
     ValueError: it is none, or one of its manifests is damaged or of another format.
   """
-  paths = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/stage.json")] if folder.exists() else []
-  if not paths:
-    raise ValueError(f"{name} is no work directory of a run (it holds no stage.json): give the --workdir of its run.")
-  found = {str(path.parent.relative_to(folder)): artifacts.Artifact(path.parent, {}, {}) for path in sorted(paths)}
+  patterns = [f"{depth}/{name}.json" for depth in ("*", "*/*") for name in ("stage", "manifest")]
+  folders = {path.parent for pattern in patterns for path in folder.glob(pattern)} if folder.exists() else set()
+  if not folders:
+    raise ValueError(f"{name} is no work directory of a run (no folder in it has a stage.json): give its --workdir.")
+  found = {str(path.relative_to(folder)): artifacts.Artifact(path, {}, {}) for path in sorted(folders)}
   done = {name: artifact for name, artifact in found.items() if artifact.done}
   for artifact in done.values():
     if artifact.manifest()["format"] != artifacts.FORMAT:

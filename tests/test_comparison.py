@@ -117,8 +117,9 @@ def test_names_and_settings_are_escaped(tmp_path: pathlib.Path) -> None:
 
 def test_a_report_says_what_a_run_still_lacks(tmp_path: pathlib.Path) -> None:
   run = made_run.whole_run(epath.Path(tmp_path))
-  run.artifact().begin()
-  run.artifact().commit({"missing": ["m2", "aift2/prompts"]})  # It was made before M2 was.
+  made = run.artifact()
+  made.folder.mkdir()  # A report has no stage.json: it is made anew at every call.
+  made.commit({"missing": ["m2", "aift2/prompts"]})  # It was made before M2 was.
   assert comparison.read(run.folder, "one").waiting == ("aift2/prompts",)
 
 
