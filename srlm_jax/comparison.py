@@ -274,7 +274,7 @@ def times_table(runs: Sequence[Run]) -> Table:
 
 def _curves(runs: Sequence[Run]) -> report.Section:
   """Losses and DPO margins, each model's in one panel, all runs over each other."""
-  found = [report.curves(run.finished) for run in runs]
+  found = [report.curves({name: run.finished[name] for name in sorted(run.finished, key=_place)}) for run in runs]
   models = _union([list(one) for one in found])
   drawn = []
   for column, other, caption in (
