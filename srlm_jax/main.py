@@ -24,6 +24,7 @@ from ml_collections import config_dict, config_flags
 from srlm_jax import (
   alpaca_eval,
   artifacts,
+  comparison,
   convert,
   distributed,
   llama,
@@ -54,12 +55,16 @@ _MODEL = flags.DEFINE_string(
   "and oracle.",
 )
 _OUT = flags.DEFINE_string(
-  "out", None, "For export: the Hugging Face folder, or the file, to write; for reward: a JSON file."
+  "out",
+  None,
+  "What to write. For export: the Hugging Face folder, or the file; for reward: a JSON file; for compare: the page, "
+  "NAME.html.",
 )
 _RUBRIC = flags.DEFINE_string("rubric", "", "For reward: another judge prompt, such as judge_five_bucket, or a path.")
 _TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in place of the run's held-out replies.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "For benchmarks: the file of prompts, in the benchmark's own format.")
 _REFERENCES = flags.DEFINE_string("references", None, "For benchmarks: a file of answers to compare with.")
+_RUNS = flags.DEFINE_list("runs", [], "For compare: the work directories of two runs or more, with commas between.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -112,6 +117,7 @@ def usage() -> str:
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
     "reward": "a judge's agreement with people's ranks: --model=m3 [--rubric=NAME] [--trees=FILE] [--out=FILE]",
+    "compare": "write a page about several runs side by side: --runs=runs/a,runs/b --out=compare.html",
     **steps.STAGES,
     **{words: command.what for words, command in COMMANDS.items()},
   }
@@ -244,6 +250,19 @@ def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str
     logger.info("wrote %s", path)
 
 
+def compare(folders: Sequence[str], out: str) -> None:
+  """Writes a page about the runs in these work directories, and its Markdown beside it."""
+  if not out.endswith(".html"):
+    raise ValueError(f"--out={out}: the page's name must end with .html; its Markdown is written beside it.")
+  page = _absolute(out)
+  names = [folder.rstrip("/") for folder in folders]
+  found = comparison.compare([comparison.read(_absolute(name), name) for name in names])
+  page.parent.mkdir(parents=True, exist_ok=True)
+  artifacts.write_whole(page, comparison.html(found))
+  artifacts.write_whole(page.with_suffix(".md"), comparison.markdown(found))
+  logger.info("compared %s: %s", ", ".join(names), page)
+
+
 def _absolute(folder: str) -> epath.Path:
   """The folder's whole path: Orbax takes no other."""
   path = epath.Path(folder)
@@ -267,12 +286,14 @@ def main(argv: Sequence[str]) -> None:
   second = {words.split()[0] for words in COMMANDS}
   if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
     raise app.UsageError(f"exactly one stage is wanted, got {stage or 'none'}.")
-  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES, *COMMANDS]
+  valid = ["all", "stages", "plan", "export", "reward", "compare", *steps.STAGES, *COMMANDS]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
-  if _CONFIG.value is None:
+  if stage == "compare" and not (_RUNS.value and _OUT.value):
+    raise app.UsageError("compare needs --runs, work directories with commas between, and --out, the page to write.")
+  if _CONFIG.value is None and stage != "compare":
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  if _WORKDIR.value is None and stage not in ("stages", "plan"):
+  if _WORKDIR.value is None and stage not in ("stages", "plan", "compare"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
@@ -297,7 +318,9 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
   try:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
-    if workdir is None or stage == "stages":
+    if stage == "compare" and _OUT.value:
+      compare(_RUNS.value, _OUT.value)
+    elif workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
     elif stage in COMMANDS:
       measure(_CONFIG.value, workdir, stage)

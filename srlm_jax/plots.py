@@ -292,6 +292,28 @@ def checkpoints(runs: Mapping[str, tuple[Sequence[int], Sequence[Mapping[str, An
   return _drawn(len(runs), draw, width=_row_width(len(runs)))
 
 
+def overlaid(panels: Sequence[tuple[str, str, Sequence[Series | None]]]) -> str:
+  """One column of several runs over their steps; panels are (title, column, the runs, None where one has no such).
+
+  A run's colour is that of its place, with broken strokes from the seventh on: the page says whose it is, since the
+  names of runs are not our own texts.
+  """
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, column, runs) in zip(axes, panels, strict=True):
+      for place, run in enumerate(runs):
+        if run:
+          stroke = "-" if place < len(_SERIES) else "--"
+          axis.plot(run["step"], run[column], stroke, color=_SERIES[place % len(_SERIES)], alpha=0.85)
+      axis.set_title(title)
+      axis.set_xlabel("step")
+      axis.margins(x=0.01)
+      if column == "loss":
+        axis.set_ylim(bottom=0)
+
+  return _drawn(len(panels), draw, width=_row_width(len(panels)))
+
+
 def smooth(rows: Iterable[Mapping[str, float]], points: int = 150) -> dict[str, list[float]]:
   """Columns of training metrics, averaged over windows of equal size so that about `points` remain."""
   given = list(rows)

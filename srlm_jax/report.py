@@ -6,11 +6,9 @@ Everything that a model or a person wrote is escaped by the template; nothing is
 from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
-import importlib.resources
 import json
 from typing import Any
 
-import jinja2
 from ml_collections import config_dict
 
 from srlm_jax import (
@@ -23,6 +21,7 @@ from srlm_jax import (
   nlp_results,
   outside,
   oversight,
+  pages,
   paper,
   plots,
   records,
@@ -68,13 +67,14 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A part of the report with its own anchor."""
+  """A part of a page with its own anchor; small tables stand `together` in one line where there is room."""
 
   name: str
   title: str
   text: str = ""
   tables: tuple[Table, ...] = ()
   plots: tuple[Plot, ...] = ()
+  together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
     _monitors(watched),
     _training(finished),
     *_checkpoints(finished),
-    Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),
+    Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts, together=True),
     Section("settings", "Deviations from the paper", tables=(deviations_table(settings),)),
   )
   claims = (Section("findings", "Findings", tables=(findings.claims_table(measured),)),) if len(measured) > 1 else ()
@@ -382,11 +382,17 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
 
 def html(report: Report) -> str:
   """The page: self-contained, all texts escaped; only our own SVG is put in as it is."""
-  source = importlib.resources.files("srlm_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  )
-  return environment.from_string(source).render(report=report, source=paper.SOURCE, label=lineage.label)
+  return pages.render("report.html.jinja", report=report, source=paper.SOURCE, label=lineage.label)
+
+
+def sections_markdown(sections: Sequence[Section]) -> list[str]:
+  """The tables of some sections in Markdown, under their heads; a section without tables is left out."""
+  parts = []
+  for section in sections:
+    if section.tables:
+      parts += [f"## {section.title}", section.text] if section.text else [f"## {section.title}"]
+      parts += [tables.markdown(table) for table in section.tables]
+  return parts
 
 
 def markdown(report: Report) -> str:
@@ -395,11 +401,8 @@ def markdown(report: Report) -> str:
   parts += [f"> {tables.escaped(warning)}" for warning in report.warnings]
   parts.append("\n".join(f"- {tables.escaped(f'{what}: {value}')}" for what, value in report.facts))
   parts.append("\n".join(f"- {tables.escaped(sentence)}" for sentence in report.summary))
-  for section in report.sections:
-    if section.tables:
-      parts += [f"## {section.title}", section.text] if section.text else [f"## {section.title}"]
-      parts += [tables.markdown(table) for table in section.tables]
   parts += [
+    *sections_markdown(report.sections),
     "## Lineage",
     f"```\n{report.tree}\n```",
     tables.markdown(report.models),

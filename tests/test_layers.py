@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 LAYERS = {
   "data": (
     "records templates filters metrics oasst eft pairing canaries repetition world world_judges world_files paper "
-    "tables selection monitors plots config"
+    "tables selection monitors plots pages config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
@@ -24,7 +24,7 @@ LAYERS = {
   ),
   "shared by stages": (
     "modelstore early_stopping finetune lineage nlp_results nlp diagnostics findings reward oversight excerpts outside "
-    "alpaca_eval mt_bench report"
+    "alpaca_eval mt_bench report comparison"
   ),
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
