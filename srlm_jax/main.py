@@ -31,6 +31,7 @@ from srlm_jax import (
   mesh as mesh_lib,
   modelstore,
   mt_bench,
+  nlp,
   outside,
   plan,
   reward,
@@ -65,6 +66,7 @@ _TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in p
 _PROMPTS = flags.DEFINE_string("prompts", None, "For benchmarks: the file of prompts, in the benchmark's own format.")
 _REFERENCES = flags.DEFINE_string("references", None, "For benchmarks: a file of answers to compare with.")
 _RUNS = flags.DEFINE_list("runs", [], "For compare: the work directories of two runs or more, with commas between.")
+_TASKS = flags.DEFINE_list("tasks", [], "For evaluate lm-eval: tasks in place of config.nlp.tasks.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -90,6 +92,10 @@ class Command:
   run: Callable[[outside.Run], None]
 
 
+def _lm_eval(run: outside.Run) -> None:
+  nlp.run(run.finished(run.model), run.settings, run.mesh, run.tasks)
+
+
 COMMANDS = {
   "export alpaca-eval": Command(
     "answer prompts, for the package alpaca_eval: --model=m2 --prompts=FILE --out=FILE",
@@ -105,6 +111,9 @@ COMMANDS = {
     "MT-Bench, rated by config.mt_bench.judge: --model=m2 --prompts=question.jsonl [--references=FILE]",
     ("model", "prompts"),
     mt_bench.evaluate,
+  ),
+  "evaluate lm-eval": Command(
+    "the paper's NLP benchmarks by lm-eval: --model=m2 [--tasks=NAME,…]", ("model",), _lm_eval
   ),
 }
 
@@ -217,7 +226,9 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
   paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
   cache = steps.endpoint_cache(settings, workdir)
   with jax.set_mesh(sampling):
-    COMMANDS[words].run(outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache))
+    COMMANDS[words].run(
+      outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache, tuple(_TASKS.value))
+    )
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
