@@ -31,6 +31,36 @@ class Engine(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Question:
+  """What a judge is asked.
+
+  Attributes:
+    name: seeds the draws; no two questions that are asked together have the same.
+    turns: messages of user and assistant in turn, the first and the last the user's.
+    samples: how many replies are wanted.
+  """
+
+  name: str
+  turns: tuple[str, ...]
+  samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """One answer: its text, and whether it ended by itself and not by the length limit."""
+
+  text: str
+  finished: bool
+
+
+class Judge(Protocol):
+  """Who answers judge prompts: a model here (`Speaker`), or one behind an endpoint (`endpoint.Endpoint`)."""
+
+  def ask(self, questions: Sequence[Question], how: sampling.Sampling) -> list[list[Reply]]:
+    """The replies to each question, in their order; an empty list where the question is too long for the judge."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Speaker:
   """A model with all that turns texts into its tokens and back.
 
@@ -56,6 +86,17 @@ class Speaker:
   def chat(self, text: str) -> tuple[int, ...]:
     """The prompt tokens of an instruction in the chat template."""
     return tuple(chat.chat_tokens(self.tokenizer, text, self.chat_kind))
+
+  def ask(self, questions: Sequence[Question], how: sampling.Sampling) -> list[list[Reply]]:
+    """The model's replies to each question (see `Judge`), of one turn each."""
+    engine = self.generator(how)
+    requests = [generator.Request(one.name, self.chat(one.turns[0]), one.samples) for one in questions]
+    fitting = [request for request in requests if len(request.tokens) <= engine.max_prompt]
+    found = {
+      request.name: [Reply(self.tokenizer.decode(one.tokens), one.finished) for one in completions]
+      for request, completions in engine.generate(fitting)
+    }
+    return [found.get(request.name, []) for request in requests]
 
 
 def answer(
