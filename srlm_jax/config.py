@@ -113,6 +113,15 @@ def base() -> config_dict.ConfigDict:
     judge="m1",
     pairwise="pairwise",  # Template of the pairwise judge.
   )
+  c.analysis = dict(
+    # Template by which the judge of evaluation sorts its prompts (the tiny world knows them); "": no such analysis.
+    classes="classify",
+    sampling=_sampling(temperature=0.0, top_p=1.0, max_new=256),
+    points=2000,  # unstated: prompts of each kind in the map of IFT, EFT and AIFT, at the most; 0: no map.
+    model="m1",  # unstated: whose states are the vectors of the map.
+    vectors="",  # FILE.npz of another encoder's: `ids`, those of the map's prompts.jsonl, and `vectors`, a row each.
+    perplexity=30.0,  # unstated.
+  )
   return c
 
 

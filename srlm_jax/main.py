@@ -8,8 +8,10 @@ One absl app: the stage is positional, the configuration a file with overrides.
 
 from collections.abc import Sequence
 import dataclasses
+import json
 import logging
 import pathlib
+import secrets
 import sys
 import time
 
@@ -18,7 +20,22 @@ from etils import epath
 import jax
 from ml_collections import config_dict, config_flags
 
-from srlm_jax import artifacts, convert, distributed, llama, mesh as mesh_lib, modelstore, plan, server, slices, steps
+from srlm_jax import (
+  artifacts,
+  convert,
+  distributed,
+  grading,
+  human_eval,
+  llama,
+  mesh as mesh_lib,
+  modelstore,
+  plan,
+  records,
+  server,
+  slices,
+  steps,
+  tables,
+)
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
@@ -28,8 +45,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of all artifacts, local or gs://; a run goes on where it stopped."
 )
-_MODEL = flags.DEFINE_string("model", None, "For export: which model of the work directory (m0, baseline, m1, m2, …).")
-_OUT = flags.DEFINE_string("out", None, "For export: the Hugging Face folder to write.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "For export and human-eval: which model of the work directory (m0, baseline, m1, m2, …)."
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "For export: the Hugging Face folder to write. For human-eval: the page, .html."
+)
+_AGAINST = flags.DEFINE_string(
+  "against", None, "For human-eval: the model whose answers stand beside those of --model."
+)
+_PROMPTS = flags.DEFINE_integer("prompts", 50, "For human-eval: instructions on the page; the paper has 50.")
+_KEY = flags.DEFINE_string("key", None, "For human-eval-read: the .key.json that was made with the page.")
+_VOTES = flags.DEFINE_list("votes", [], "For human-eval-read: the files that annotators saved, one of each.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -53,6 +80,8 @@ def usage() -> str:
     "stages": "print the steps of this configuration and how far they are; do nothing",
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
+    "human-eval": "write a blind page for annotators: --model=m2 --against=m1 --prompts=50 --out=page.html",
+    "human-eval-read": "what they chose: --key=page.key.json --votes=a.json,b.json [--workdir=FOLDER, for the report]",
     **steps.STAGES,
   }
   width = max(map(len, rows))
@@ -148,6 +177,49 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   logger.info("for --config.server.url it is served by: %s", command)
 
 
+def human_page(
+  settings: config_dict.ConfigDict, workdir: epath.Path, names: tuple[str, str], count: int, out: epath.Path
+) -> None:
+  """Writes a blind page with two models' first answers to held-out instructions, and its key beside it."""
+  made = steps.artifacts_of(steps.plan(settings, workdir, mesh_lib.make_mesh(**settings.mesh)), workdir)
+  done = {folder.removeprefix("eval/"): one for folder, one in made.items() if folder.startswith("eval/") and one.done}
+  for name in names:
+    if name not in done:
+      raise artifacts.unknown(name, list(done), "model that this work directory has evaluated")
+  if len(set(names)) < len(names):
+    raise ValueError(f"--model and --against are both {names[0]}: name two models.")
+  place = out.with_suffix(".key.json")
+  for path in (out, place):
+    if path.exists():  # Votes on an older page would lose their key.
+      raise ValueError(f"{path} is there already: choose another --out, or delete the page and its key.")
+  ours, theirs = (
+    [one for one in done[name].read_shards("answers", records.Response) if one.sample == 0] for name in names
+  )
+  if not distributed.writes():
+    return
+  digests = {name: done[name].digest() for name in names}
+  page, key = human_eval.make(grading.align(ours, theirs), names, digests, count, secrets.randbits(48))
+  out.parent.mkdir(parents=True, exist_ok=True)
+  artifacts.write_whole(place, key.model_dump_json(indent=1))
+  artifacts.write_whole(out, page)
+  logger.info("wrote %s, %d instructions: give it to the annotators", out, len(key.items))
+  logger.info("wrote %s: it says which side is whose; keep it from them, and give it to human-eval-read", place)
+
+
+def human_result(key_path: epath.Path, votes: Sequence[epath.Path], workdir: epath.Path | None) -> None:
+  """Prints what the annotators chose, and writes it into the work directory, if given, where the report finds it."""
+  key = human_eval.read_key(key_path)
+  found = human_eval.aggregate(key, human_eval.read_ballots(votes, key))
+  print(tables.markdown(human_eval.result_table(found, "human", f"{key.model} over {key.against}")))
+  print(tables.markdown(human_eval.annotators_table(found, "annotators")))
+  if workdir:
+    out = artifacts.Artifact(workdir / "analysis" / f"human-{key.model}-{key.against}", {}, {})
+    out.folder.mkdir(parents=True, exist_ok=True)
+    out.write("human.json", json.dumps(found, indent=1, ensure_ascii=False))
+    out.commit(found)
+    logger.info("wrote %s; `srlm report` shows it", out.folder)
+
+
 def _absolute(folder: str) -> epath.Path:
   """The folder's whole path: Orbax takes no other."""
   path = epath.Path(folder)
@@ -170,17 +242,21 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError("exactly one stage is wanted, got " + (" ".join(argv[1:]) or "none") + ".")
   stage = argv[1]
-  valid = ["all", "stages", "plan", "export", *steps.STAGES]
+  valid = ["all", "stages", "plan", "export", "human-eval", "human-eval-read", *steps.STAGES]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
-  if _CONFIG.value is None:
+  if _CONFIG.value is None and stage != "human-eval-read":
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  if _WORKDIR.value is None and stage not in ("stages", "plan"):
+  if _WORKDIR.value is None and stage not in ("stages", "plan", "human-eval-read"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
   if stage == "export" and not (_MODEL.value and _OUT.value):
     raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+  if stage == "human-eval" and not (_MODEL.value and _AGAINST.value and _OUT.value):
+    raise app.UsageError("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
+  if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
+    raise app.UsageError("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -195,10 +271,14 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
   try:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
-    if workdir is None or stage == "stages":
+    if stage == "human-eval-read":
+      human_result(_absolute(_KEY.value or ""), [_absolute(path) for path in _VOTES.value], workdir)
+    elif workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
+    elif stage == "human-eval" and _MODEL.value and _AGAINST.value and _OUT.value:
+      human_page(_CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _PROMPTS.value, _absolute(_OUT.value))
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

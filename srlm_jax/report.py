@@ -13,7 +13,20 @@ from typing import Any
 import jinja2
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, config, diagnostics, excerpts, findings, lineage, paper, plots, records, tables, world
+from srlm_jax import (
+  artifacts,
+  config,
+  diagnostics,
+  excerpts,
+  findings,
+  finegrained,
+  lineage,
+  paper,
+  plots,
+  records,
+  tables,
+  world,
+)
 from srlm_jax.tables import Table
 
 Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifact, in the order of the stages.
@@ -27,7 +40,7 @@ UNSTATED = (
     for key in ("epochs", "steps", "min_steps", "warmup", "weight_decay", "b2", "clip", "pack")
   ),
   *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
-  *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples"),
+  *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples", "analysis."),
   *(
     f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
   ),
@@ -274,6 +287,14 @@ def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float,
   return Section("aift", "Self-made preference data", text, tuple(found), tuple(drawn))
 
 
+def _finegrained(finished: Finished) -> list[Section]:
+  """The closer looks that are there: by category, the map of the prompts, human evaluations."""
+  return [
+    Section(part.name, part.title, part.text, part.tables, tuple(Plot(*drawn) for drawn in part.plots))
+    for part in finegrained.parts(finished)
+  ]
+
+
 def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Sequence[str], run_name: str) -> Report:
   """Everything that the report of the run `run_name` shows; `missing` are the steps that are not done yet."""
   oracle = settings.evaluate.grader == "oracle"
@@ -291,6 +312,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
+    *_finegrained(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _training(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),

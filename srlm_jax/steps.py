@@ -11,8 +11,24 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, mesh as mesh_lib, server, templates
-from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
+from srlm_jax import artifacts, chat, classes, config as config_lib, mesh as mesh_lib, server, templates
+from srlm_jax.stages import (
+  analyse,
+  base,
+  classify,
+  dpo,
+  eft,
+  embed,
+  evaluate,
+  judge,
+  pairs,
+  prompts,
+  report,
+  responses,
+  seed,
+  sft,
+  world,
+)
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
 
@@ -28,11 +44,14 @@ STAGES = {
   "pairs": "best against worst answer, with the reference's log-probs",
   "dpo": "M_{t+1} by DPO of M_t on the pairs",
   "evaluate": "both skills of a model on held-out data",
+  "classify": "what each evaluation prompt asks for: category, complexity, expected length",
+  "analyse": "each model's duels and lengths by category, complexity and expected length",
+  "embed": "the map of IFT, EFT and AIFT prompts",
   "report": "one page with everything",
 }
 
 
-SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate")  # Stages that generate.
+SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate", "classify")  # Stages that generate.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +89,11 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
     "evaluate.pairwise": templates.load_pairwise(settings.evaluate.pairwise).digest,
     "prompts.few_shot": templates.few_shot_digest(),
   }
+  if settings.analysis.classes:
+    found["analysis.classes"] = classes.load_template(settings.analysis.classes).digest
+  vectors = resolve(settings.analysis.vectors, workdir)
+  if vectors and vectors.exists():
+    found["analysis.vectors"] = artifacts.file_sha256(vectors)
   for name in DATA:
     path = resolve(settings.data[name], workdir)
     if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
@@ -92,6 +116,7 @@ def check_start(
     "data.heldout_trees": "seed" in stages and c.data.heldout_trees,
     "data.eval_prompts": "seed" in stages and c.data.eval_prompts,
     "data.judgements": "eft" in stages and c.eft.writer == "annotators",
+    "analysis.vectors": "embed" in stages and c.analysis.vectors,
   }
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
@@ -292,6 +317,37 @@ class _Plan:
       f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run)
     )
 
+  def analysis(self) -> None:
+    """What the paper shows beside its main figures: duels by category, and the map of all prompts (§3.2)."""
+    c, evaluated = self.settings, [step for step in self.steps if step.stage == "evaluate"]
+    if c.analysis.classes and c.evaluate.grader != "none":
+      inputs = {"seed": "seed", **({} if c.world.enabled else {"judge": c.evaluate.judge})}
+      keys = ("world.enabled", "analysis.classes", "analysis.sampling", "chat", "generation.shard")
+      self.add("analysis/classes", "classify", keys, inputs, self.call(classify.run))
+      for step in evaluated:
+        others = {role: folder for role, folder in step.inputs.items() if role.startswith("against ")}
+        inputs = {"evaluation": step.folder, "classes": "analysis/classes", **others}
+        run = functools.partial(analyse.run, settings=c)
+        self.add(step.folder.replace("eval/", "analysis/"), "analyse", ("evaluate.grader",), inputs, run)
+    if c.analysis.points:
+      self.prompt_map()
+
+  def prompt_map(self) -> None:
+    """The map of the prompts of all iterations, in a folder named after the last one: a longer loop makes another."""
+    c, made = self.settings, {step.folder: step.stage for step in self.steps}
+    inputs = {"seed": "seed", **({"eft": "eft"} if "eft" in made else {})}
+    inputs |= {folder.partition("/")[0]: folder for folder, stage in made.items() if stage == "prompts"}
+    vectors, keys = resolve(c.analysis.vectors, self.workdir), ["analysis.points", "analysis.perplexity"]
+    name = f"analysis/map-m{c.models}"
+    if vectors:
+      name, keys = f"{name}-{vectors.stem}", [*keys, "analysis.vectors"]
+    else:
+      models = [folder for folder, stage in made.items() if stage in ("base", "sft", "dpo")]
+      if c.analysis.model not in models:
+        raise artifacts.unknown(c.analysis.model, models, "model of this run (analysis.model)")
+      inputs["model"], keys = c.analysis.model, [*keys, "analysis.model", "chat", "model"]
+    self.add(name, "embed", tuple(keys), inputs, functools.partial(self.call(embed.run), vectors=vectors))
+
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
   """All steps of a run, in their order; the last one is the report."""
@@ -301,6 +357,7 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
   for index in range(2, settings.models + 1):
     made.iteration(index)
     made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "m1", "baseline"])))
+  made.analysis()
   inputs = {step.folder: step.folder for step in made.steps}
   run = functools.partial(report.run, settings=settings, steps=made.steps)
   made.add("report", "report", (), inputs, run)

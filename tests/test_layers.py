@@ -13,16 +13,17 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
   "data": (
-    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
+    "records templates filters metrics oasst eft pairing world world_judges world_files classes strata tsne agreement "
+    "paper tables human_eval plots config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
-  "host": "artifacts checkpoint generator server rollout train_loop grading pairset",
-  "shared by stages": "modelstore finetune lineage diagnostics findings excerpts report",
+  "host": "artifacts checkpoint generator server rollout train_loop grading pairset embedding",
+  "shared by stages": "modelstore finetune lineage diagnostics findings finegrained excerpts report",
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
-    "stages.pairs stages.dpo stages.evaluate stages.report"
+    "stages.pairs stages.dpo stages.evaluate stages.classify stages.analyse stages.embed stages.report"
   ),
   "run": "steps slices chips hlo hlo_cost programs plan main",
 }
