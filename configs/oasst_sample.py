@@ -31,4 +31,6 @@ def get_config() -> config_dict.ConfigDict:
   c.generation.update(rows=16, shard=64)
   c.evaluate.update(grader="judge", judge="baseline")
   c.evaluate.sampling.max_new = 256
+  c.analysis.sampling.max_new = 64
+  c.analysis.points = 100
   return c

@@ -56,6 +56,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.generation.mesh.tensor = 1  # Every device holds so small a model.
   c.evaluate.update(grader="oracle", samples=2)
   c.evaluate.sampling.update(max_new=40)
+  c.analysis.update(points=500)
   if variant == "smoke":
     _cut(c)
   return c
@@ -81,6 +82,7 @@ def _cut(c: config_dict.ConfigDict) -> None:
   c.pretrain.update(batch=8, steps=250, warmup=20, save_every=100)
   c.sft.update(batch=8, epochs=2, min_steps=150, warmup=10, save_every=100)
   c.prompts.update(count=48, max_proposals=512, per_round=128)
+  c.analysis.update(points=60)
   c.dpo.update(batch=8, steps=8, warmup=2, save_every=4)
   c.generation.update(rows=96, shard=32)
   c.evaluate.samples = 1

@@ -177,6 +177,17 @@ def base() -> config_dict.ConfigDict:
     limit=0,  # Documents of each task, the first ones; 0: all.
     rows=64,  # Texts that go through the model at once.
   )
+
+  # Closer looks at a finished run. Nothing in the loop depends on them.
+  c.analysis = dict(
+    # Template by which the judge of evaluation sorts its prompts (the tiny world knows them); "": no such analysis.
+    classes="classify",
+    sampling=_sampling(temperature=0.0, top_p=1.0, max_new=256),
+    points=2000,  # unstated: prompts of each kind in the map of IFT, EFT and AIFT, at the most; 0: no map.
+    model="m1",  # unstated: whose states are the vectors of the map.
+    vectors="",  # FILE.npz of another encoder's: `ids`, those of the map's prompts.jsonl, and `vectors`, a row each.
+    perplexity=30.0,  # unstated.
+  )
   return c
 
 

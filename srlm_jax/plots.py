@@ -6,6 +6,7 @@ figures are our own labels and the names of models; nothing that a model wrote g
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import io
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,9 @@ from cycler import cycler
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+import numpy as np
 
 # Each stands for a CSS variable; the page has their values for light and dark.
 _INK, _LINE = "#111213", "#d1d2d3"
@@ -198,6 +202,67 @@ def calibration(found: Sequence[tuple[str, Sequence[tuple[float, float, int]]]],
       axis.set_ylabel("oracle's mean")
 
   return _drawn(len(found), draw, width=_row_width(len(found)))
+
+
+def strata(panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Mapping[str, Any] | None]]]]) -> str:
+  """Shares with intervals, stratum below stratum; a panel is (title, strata, {model: an estimate or None for each})."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, names, models) in zip(axes, panels, strict=True):
+      for index, (model, found) in enumerate(models.items()):
+        colour, offset = _SERIES[index % len(_SERIES)], (index - (len(models) - 1) / 2) * 0.7 / len(models)
+        known = [(place + offset, one) for place, one in enumerate(found) if one and one["value"] is not None]
+        for place, one in known:
+          if one["low"] is not None:
+            axis.plot([100 * one["low"], 100 * one["high"]], [place, place], color=colour, linewidth=1.6, alpha=0.55)
+        values = [100 * one["value"] for _, one in known]
+        axis.plot(values, [place for place, _ in known], "o", color=colour, markersize=3.5, label=model)
+      axis.axvline(0, color=_INK, linewidth=0.6)
+      axis.set_yticks(range(len(names)), names)
+      axis.set_ylim(len(names) - 0.4, -0.6)
+      axis.grid(visible=True, axis="x")
+      axis.set_title(title)
+    axes[0].legend(loc="lower right")
+
+  rows = max((len(names) for _, names, _ in panels), default=1)
+  return _drawn(len(panels), draw, height=0.9 + 0.24 * max(rows, 4))
+
+
+Points = Mapping[str, Sequence[tuple[float, float]]]  # Kind → places in the plane.
+
+
+def read_points(text: str) -> dict[str, list[tuple[float, float]]]:
+  """The points of a map.json, by kind."""
+  found: dict[str, list[tuple[float, float]]] = {}
+  for kind, x, y in json.loads(text)["points"]:
+    found.setdefault(kind, []).append((x, y))
+  return found
+
+
+def points(found: Points) -> str:
+  """A map: a dot for each text, one colour for each kind; its axes mean nothing and have no figures."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    axis = axes[0]
+    for index, (kind, places) in enumerate(found.items()):
+      colour = _SERIES[index % len(_SERIES)]
+      # One path of lines without length, whose round ends are the dots: a tenth of what a marker each would take.
+      ends = np.repeat(np.asarray(places, float), 2, axis=0)
+      codes = np.tile([Path.MOVETO, Path.LINETO], len(places))
+      dots = PathPatch(
+        Path(ends, codes), edgecolor=colour, facecolor="none", linewidth=2.4, capstyle="round", alpha=0.6
+      )
+      axis.add_patch(dots)
+      axis.plot([], [], "o", color=colour, markersize=5, label=f"{kind} ({len(places):,})")
+    axis.autoscale_view()
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.grid(visible=False)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+  return _drawn(1, draw, width=7.5, height=5.2)
 
 
 def lengths(names: Sequence[str], characters: Sequence[Mapping[str, float]]) -> str:

@@ -17,6 +17,7 @@ from srlm_jax import (
   diagnostics,
   excerpts,
   findings,
+  finegrained,
   lineage,
   nlp_results,
   outside,
@@ -43,6 +44,7 @@ UNSTATED = (
   ),
   *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
   *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples", "mt_bench."),
+  "analysis.",
   *(
     f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
   ),
@@ -329,6 +331,14 @@ def _monitors(watched: oversight.Oversight) -> Section:
   return Section("monitors", "Monitors", text, watched.tables, drawn)
 
 
+def _finegrained(finished: Finished) -> list[Section]:
+  """The closer looks that are there: by category, the map of the prompts, human evaluations."""
+  return [
+    Section(part.name, part.title, part.text, part.tables, tuple(Plot(*drawn) for drawn in part.plots))
+    for part in finegrained.parts(finished)
+  ]
+
+
 def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Sequence[str], run_name: str) -> Report:
   """Everything that the report of the run `run_name` shows; `missing` are the steps that are not done yet."""
   oracle = settings.evaluate.grader == "oracle"
@@ -348,6 +358,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
     _following(measured, settings.evaluate.grader),
     _judging(measured),
     *_outside(finished),
+    *_finegrained(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _monitors(watched),
     _training(finished),

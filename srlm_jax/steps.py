@@ -11,12 +11,25 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, endpoint, mesh as mesh_lib, safety, service, templates
+from srlm_jax import (
+  artifacts,
+  chat,
+  classes,
+  config as config_lib,
+  endpoint,
+  mesh as mesh_lib,
+  safety,
+  service,
+  templates,
+)
 from srlm_jax.stages import (
+  analyse,
   base,
   canaries,
+  classify,
   dpo,
   eft,
+  embed,
   evaluate,
   judge,
   pairs,
@@ -45,11 +58,23 @@ STAGES = {
   "evaluate": "both skills of a model on held-out data",
   "canaries": "what a model falls for as a judge",
   "safety": "a model's answers to your own prompts (monitors.prompts): refused, or helping with harm",
+  "classify": "what each evaluation prompt asks for: category, complexity, expected length",
+  "analyse": "each model's duels and lengths by category, complexity and expected length",
+  "embed": "the map of IFT, EFT and AIFT prompts",
   "report": "one page with everything",
 }
 
 
-SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate", "canaries", "safety")  # Stages that generate.
+SAMPLING = (
+  "eft",
+  "prompts",
+  "responses",
+  "judge",
+  "evaluate",
+  "canaries",
+  "safety",
+  "classify",
+)  # Stages that generate.
 
 # Of these settings the choice among checkpoints depends, beside those of training and of the seed data.
 SELECT = (
@@ -104,6 +129,11 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
   watched = resolve(settings.monitors.prompts, workdir)
   if watched and watched.exists():
     found["monitors.prompts"] = artifacts.file_sha256(watched)
+  if settings.analysis.classes:
+    found["analysis.classes"] = classes.load_template(settings.analysis.classes).digest
+  vectors = resolve(settings.analysis.vectors, workdir)
+  if vectors and vectors.exists():
+    found["analysis.vectors"] = artifacts.file_sha256(vectors)
   for name in DATA:
     path = resolve(settings.data[name], workdir)
     if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
@@ -132,6 +162,7 @@ def check_start(
     "select.path": "seed" in stages and c.select.path and c.select.judge != "none",
     "data.judgements": "eft" in stages and c.eft.writer == "annotators",
     "monitors.prompts": "safety" in stages,
+    "analysis.vectors": "embed" in stages and c.analysis.vectors,
   }
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
@@ -402,6 +433,37 @@ class _Plan:
       functools.partial(self.call(safety_stage.run), where=resolve(c.monitors.prompts, self.workdir)),
     )
 
+  def analysis(self) -> None:
+    """What the paper shows beside its main figures: duels by category, and the map of all prompts (§3.2)."""
+    c, evaluated = self.settings, [step for step in self.steps if step.stage == "evaluate"]
+    if c.analysis.classes and c.evaluate.grader != "none":
+      inputs = {"seed": "seed", **({} if c.world.enabled else {"judge": self.judge("the evaluation prompts")})}
+      keys = ("world.enabled", "analysis.classes", "analysis.sampling", "chat", "generation.shard")
+      self.add("analysis/classes", "classify", keys, inputs, self.call(classify.run))
+      for step in evaluated:
+        others = {role: folder for role, folder in step.inputs.items() if role.startswith("against ")}
+        inputs = {"evaluation": step.folder, "classes": "analysis/classes", **others}
+        run = functools.partial(analyse.run, settings=c)
+        self.add(step.folder.replace("eval/", "analysis/"), "analyse", ("evaluate.grader",), inputs, run)
+    if c.analysis.points:
+      self.prompt_map()
+
+  def prompt_map(self) -> None:
+    """The map of the prompts of all iterations, in a folder named after the last one: a longer loop makes another."""
+    c, made = self.settings, {step.folder: step.stage for step in self.steps}
+    inputs = {"seed": "seed", **({"eft": "eft"} if "eft" in made else {})}
+    inputs |= {folder.partition("/")[0]: folder for folder, stage in made.items() if stage == "prompts"}
+    vectors, keys = resolve(c.analysis.vectors, self.workdir), ["analysis.points", "analysis.perplexity"]
+    name = f"analysis/map-m{c.models}"
+    if vectors:
+      name, keys = f"{name}-{vectors.stem}", [*keys, "analysis.vectors"]
+    else:
+      models = [folder for folder, stage in made.items() if stage in ("base", "sft", "dpo")]
+      if c.analysis.model not in models:
+        raise artifacts.unknown(c.analysis.model, models, "model of this run (analysis.model)")
+      inputs["model"], keys = c.analysis.model, [*keys, "analysis.model", "chat", "model"]
+    self.add(name, "embed", tuple(keys), inputs, functools.partial(self.call(embed.run), vectors=vectors))
+
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
   """All steps of a run, in their order; the last one is the report."""
@@ -414,6 +476,7 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
     made.iteration(index)
     made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "m1", "baseline"])))
     made.safety(f"m{index}")
+  made.analysis()
   inputs = {step.folder: step.folder for step in made.steps}
   run = functools.partial(report.run, settings=settings, steps=made.steps)
   made.add("report", "report", (), inputs, run)

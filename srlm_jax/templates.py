@@ -113,6 +113,17 @@ def _load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, float, float,
   return text, low, high, hashlib.sha256(source.encode()).hexdigest()
 
 
+def load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, str]:
+  """Text and digest of a template with placeholders of these names, found and refused as by `load_rubric`."""
+  text, _, _, digest = _load(str(name_or_path), names)
+  return text, digest
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+  """A template's text with the values, which need not be trusted, in the places of their names."""
+  return _fill(text, values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rubric:
   """A judge prompt (paper §2.2, figure 2).
