@@ -42,7 +42,12 @@ EXTRAS = {
   "report": ["tensorboardX>=2.6.5,<3"],
   # Rollouts from an OpenAI-compatible server, and the outside evaluations.
   "server": [OPENAI],
-  "eval": ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5"],
+  "eval": [
+    "alpaca-eval>=0.6.6,<0.7",
+    "lm-eval>=0.4.13,<0.5",
+    "pandas<3",  # alpaca-eval takes up whole-number verdicts again in a way that pandas 3 refuses.
+    "setuptools<82",  # It imports pkg_resources, which later ones do not have.
+  ],
   # Development.
   "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
   "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
