@@ -45,7 +45,12 @@ EXTRAS = {
   "report": ["tensorboardX>=2.6.5,<3"],
   # Rollouts from an OpenAI-compatible server, and the outside evaluations.
   "server": [OPENAI],
-  "eval": ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5"],
+  "eval": [
+    "alpaca-eval>=0.6.6,<0.7",
+    "lm-eval>=0.4.13,<0.5",
+    "pandas<3",  # alpaca-eval takes up whole-number verdicts again in a way that pandas 3 refuses.
+    "setuptools<82",  # It imports pkg_resources, which later ones do not have.
+  ],
   # Development.
   "notebook": [KERNEL, "jupyter>=1.1.1,<2"],
   "test": [

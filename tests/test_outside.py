@@ -42,7 +42,9 @@ def cells(table: tables.Table) -> list[list[str]]:
 
 
 def test_a_model_and_files_that_are_not_there_are_refused(made: made_run.Run, tmp_path: epath.Path) -> None:
-  with pytest.raises(ValueError, match=r"'m3' is not a finished model .* Did you mean 'm2'\? Valid: m0, baseline, m1"):
+  with pytest.raises(
+    ValueError, match=r"'m3' is not a finished model of this work directory. Valid: m0, baseline, m1, m2"
+  ):
     run_of(made, "m3")
   for flag in ("prompts", "references"):
     with pytest.raises(ValueError, match=rf"--{flag}=/nowhere: there is no such file"):
