@@ -309,10 +309,7 @@ class _Plan:
     c = self.settings
     inputs = {"model": name, "seed": "seed", **{f"against {other}": f"eval/{other}" for other in others}}
     if others and c.evaluate.grader == "judge":
-      models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
-      if c.evaluate.judge not in models:
-        raise artifacts.unknown(c.evaluate.judge, models, f"model that is there when {name} is evaluated")
-      inputs["judge"] = c.evaluate.judge
+      inputs["judge"] = self.judge(name)
     self.add(
       f"eval/{name}", "evaluate", ("evaluate", "judge", "chat", "generation.shard"), inputs, self.call(evaluate.run)
     )
@@ -320,20 +317,25 @@ class _Plan:
       keys = ("monitors.canary_prompts", "evaluate.sampling", "judge", "chat", "generation.shard")
       self.add(f"canaries/{name}", "canaries", keys, {"model": name, "seed": "seed"}, self.call(canaries.run))
 
+  def judge(self, name: str) -> str:
+    """The folder of the model that judges the answers of another one."""
+    wanted = self.settings.evaluate.judge
+    models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
+    if wanted not in models:
+      raise artifacts.unknown(wanted, models, f"model that is there when {name} is evaluated")
+    return wanted
+
   def safety(self, name: str) -> None:
     """Watches what a model refuses and what it helps with, on a user's own prompts."""
     c = self.settings
     if not c.monitors.prompts:
       return
-    models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
-    if c.evaluate.judge not in models:
-      raise artifacts.unknown(c.evaluate.judge, models, f"model that is there when the safety of {name} is judged")
     keys = ("prompts", "rubric", "refusals")
     self.add(
       f"safety/{name}",
       "safety",
       (*(f"monitors.{key}" for key in keys), "evaluate.sampling", "judge", "chat", "generation.shard"),
-      {"model": name, "judge": c.evaluate.judge},
+      {"model": name, "judge": self.judge(name)},
       functools.partial(self.call(safety_stage.run), where=resolve(c.monitors.prompts, self.workdir)),
     )
 
