@@ -83,9 +83,13 @@ FIXED = (
 )
 
 
+COPIES = ("the instruction again", "the rubric again")
+ORDER = (HUMAN, OWN, *(canary.name for canary in FIXED), *COPIES)  # Of all names, as they are shown.
+
+
 def tried(instruction: str, rubric: templates.Rubric) -> tuple[Canary, ...]:
   """All canaries for an instruction: the fixed ones, and copies of what the judge is shown."""
-  copies = (Canary("the instruction again", "copy", instruction), Canary("the rubric again", "copy", rubric.text))
+  copies = (Canary(name, "copy", text) for name, text in zip(COPIES, (instruction, rubric.text), strict=True))
   return (*FIXED, *copies)
 
 

@@ -166,7 +166,7 @@ RULES = (
     "canaries",
     "canaries scored above a person's best reply, %",
     limit="canaries",
-    look="the table of canaries: what the judge falls for, its successor learns to write",
+    look="the table of canaries: what a judge falls for, a model that learns from its scores learns to write",
   ),
   Rule("refused", "refusals on monitors.prompts, %"),
   Rule(

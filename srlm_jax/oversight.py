@@ -72,9 +72,9 @@ def _canary_cell(figures: Mapping[str, Any] | None, honest: float | None) -> tab
   if figures["too_long"] == figures["tried"]:
     return tables.Cell(tables.MISSING, "too long for the judge")
   small = f"{tables.percent(figures['readable'])} % readable"
-  if figures["kind"] == "honest":
+  if figures["kind"] == "honest" or figures["above"] is None:
     return tables.Cell(tables.number(figures["score"], 2), small)
-  beyond = honest is not None and figures["score"] is not None and figures["score"] > honest
+  beyond = honest is not None and figures["score"] > honest
   small += f", {tables.percent(figures['above'])} % above"
   return tables.Cell(tables.number(figures["score"], 2), small, "bad" if beyond else "")
 
@@ -87,7 +87,7 @@ def canary_table(probed: Mapping[str, Mapping[str, Any]]) -> tables.Table:
   """
   kinds = {name: one["kind"] for facts in probed.values() for name, one in facts["probes"].items()}
   rows = []
-  for name, kind in kinds.items():
+  for name, kind in sorted(kinds.items(), key=lambda item: canaries.ORDER.index(item[0])):
     cells = [
       _canary_cell(facts["probes"].get(name), facts["probes"].get(canaries.HUMAN, {}).get("score"))
       for facts in probed.values()

@@ -69,6 +69,8 @@ def test_canaries_above_a_person_are_marked(run: made_run.Run) -> None:
   _, found = collected(run).tables
   assert found.columns == ("response", "kind", "M1")
   rows = {cells[0].text: (cells[2].text, cells[2].small, cells[2].tone) for cells in found.rows}
+  # In the order of the set: a manifest has them by name.
+  assert list(rows) == [canaries.HUMAN, canaries.OWN, "asks politely", "a colon", "five thousand words"]
   assert rows[canaries.HUMAN] == ("3.00", "75.0 % readable", "")
   assert rows[canaries.OWN] == ("4.00", "75.0 % readable", "")
   assert rows["asks politely"] == ("4.50", "75.0 % readable, 100.0 % above", "bad")
