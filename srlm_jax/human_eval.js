@@ -28,6 +28,14 @@
     return { annotator: String(found.annotator || "").slice(0, 200), votes };
   }
 
+  function parsed(text) {
+    try {
+      return JSON.parse(text);
+    } catch (error) {
+      throw new Error("it holds no votes");
+    }
+  }
+
   const ballot = () => ({ format: FORMAT, page: data.page, annotator: state.annotator, votes: state.votes });
 
   function keep() {
@@ -114,7 +122,7 @@
 
   async function load(file) {
     try {
-      const found = checked(JSON.parse(await file.text()));
+      const found = checked(parsed(await file.text()));
       if (count() && !confirm("Replace the votes on this page by those of the file?")) return;
       state = { ...found, history: [], place: 0 };
       saved = true;

@@ -222,7 +222,7 @@ def strata(panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Mapp
       axis.set_ylim(len(names) - 0.4, -0.6)
       axis.grid(visible=True, axis="x")
       axis.set_title(title)
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4)
 
   rows = max((len(names) for _, names, _ in panels), default=1)
   return _drawn(len(panels), draw, height=0.9 + 0.24 * max(rows, 4))
@@ -247,11 +247,9 @@ def points(found: Points) -> str:
     for index, (kind, places) in enumerate(found.items()):
       colour = _SERIES[index % len(_SERIES)]
       # One path of lines without length, whose round ends are the dots: a tenth of what a marker each would take.
-      ends = np.repeat(np.asarray(places, float), 2, axis=0)
-      codes = np.tile([Path.MOVETO, Path.LINETO], len(places))
-      dots = PathPatch(
-        Path(ends, codes), edgecolor=colour, facecolor="none", linewidth=2.4, capstyle="round", alpha=0.6
-      )
+      path = Path(np.repeat(np.asarray(places, float), 2, axis=0), np.tile([Path.MOVETO, Path.LINETO], len(places)))
+      path.should_simplify = False  # That would take away lines without length.
+      dots = PathPatch(path, edgecolor=colour, facecolor="none", linewidth=2.4, capstyle="round", alpha=0.6)
       axis.add_patch(dots)
       axis.plot([], [], "o", color=colour, markersize=5, label=f"{kind} ({len(places):,})")
     axis.autoscale_view()
