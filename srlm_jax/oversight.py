@@ -24,7 +24,7 @@ class Oversight:
   Attributes:
     tables: all figures of all models; what each canary got.
     svg: the main figures from model to model; "" without any.
-    warnings: a sentence for each figure that is beyond its threshold.
+    warnings: a line for each figure that is beyond its threshold.
   """
 
   tables: tuple[tables.Table, ...]
