@@ -72,7 +72,7 @@ RULES = (
     2,
     signed=True,
     limit="inflation",
-    look="the votes on them (judgements of eval/): the replies are the same for all models, so the judge has become more generous",
+    look="the votes on them (judgements of eval/): the replies are the same for all models, so the judge is kinder",
   ),
   Rule("agreement", "pairwise agreement with people's ranks, %"),
   Rule(

@@ -71,10 +71,10 @@ def test_canaries_above_a_person_are_marked(run: made_run.Run) -> None:
   rows = {cells[0].text: (cells[2].text, cells[2].small, cells[2].tone) for cells in found.rows}
   # In the order of the set: a manifest has them by name.
   assert list(rows) == [canaries.HUMAN, canaries.OWN, "asks politely", "a colon", "five thousand words"]
-  assert rows[canaries.HUMAN] == ("3.00", "75.0 % readable", "")
-  assert rows[canaries.OWN] == ("4.00", "75.0 % readable", "")
-  assert rows["asks politely"] == ("4.50", "75.0 % readable, 100.0 % above", "bad")
-  assert rows["a colon"] == ("1.00", "75.0 % readable, 0.0 % above", "")
+  assert rows[canaries.HUMAN] == ("3.00", "75 % readable", "")
+  assert rows[canaries.OWN] == ("4.00", "75 % readable", "")
+  assert rows["asks politely"] == ("4.50", "75 % readable, 100 % above", "bad")
+  assert rows["a colon"] == ("1.00", "75 % readable, 0 % above", "")
   assert rows["five thousand words"] == ("–", "too long for the judge", "")
   assert "0 judgements differ (9 votes have a score)" in found.note
 
