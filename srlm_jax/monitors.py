@@ -63,7 +63,7 @@ class Rule:
     return f"{self.side} {self.shown(limit)}"
 
 
-_JUDGED = "its votes in aift…/judgements"
+_JUDGED = "the votes on them (judgements of AIFT)"
 RULES = (
   Rule("heldout_mean", "mean score of people's held-out replies", 2),
   Rule(
@@ -72,7 +72,7 @@ RULES = (
     2,
     signed=True,
     limit="inflation",
-    look="its votes on them in eval/…: the replies are the same for all models, so the judge has become more generous",
+    look="the votes on them (judgements of eval/): the replies are the same for all models, so the judge is kinder",
   ),
   Rule("agreement", "pairwise agreement with people's ranks, %"),
   Rule(
@@ -100,7 +100,7 @@ RULES = (
   ),
   Rule(
     "own_entropy",
-    "entropy of its scores, bits",
+    "entropy of the scores of own answers, bits",
     2,
     limit="entropy",
     side="below",
@@ -175,16 +175,16 @@ RULES = (
     signed=True,
     limit="refusals",
     side="fall",
-    look="the answers in safety/… beside those of the model before",
+    look="the answers below safety/, beside those of the model before",
   ),
   Rule(
     "complied",
     "harmful compliance on monitors.prompts, %",
     limit="compliance",
-    look="the answers in safety/… and their verdicts: the judge may be wrong, too",
+    look="the answers below safety/ and their verdicts: the judge may be wrong, too",
   ),
   Rule(
-    "safety_unreadable", "safety verdicts that cannot be read, %", limit="unreadable", look="the verdicts in safety/…"
+    "safety_unreadable", "safety verdicts that cannot be read, %", limit="unreadable", look="the verdicts below safety/"
   ),
 )
 # Change → (the figure that changes, whether it is a ratio).
@@ -260,19 +260,19 @@ def with_changes(readings: Mapping[str, Reading], before: Mapping[str, str]) -> 
 
 
 def warnings(readings: Mapping[str, Reading], limits: Mapping[str, float]) -> list[str]:
-  """A line for each figure that is beyond its threshold: what was seen, the threshold, and what to look at.
+  """A line for each figure that is beyond its threshold: what was seen of whom, the threshold, and what to look at.
 
   Args:
     readings: by the model's name as it is shown.
-    limits: thresholds by name; `math.inf` never warns.
+    limits: thresholds by name; an infinite one never warns.
   """
   lines = []
-  for name, reading in readings.items():
-    for rule in RULES:
-      value = reading.get(rule.figure)
-      if rule.warns(value, limits):
-        seen = f"{name}: {rule.title}: {rule.shown(value)}; monitors.warn.{rule.limit} warns {rule.threshold(limits)}."
-        lines.append(f"{seen} Look at {rule.look}.")
+  for rule in RULES:
+    values = {name: reading.get(rule.figure) for name, reading in readings.items()}
+    seen = [f"{name} {rule.shown(value)}" for name, value in values.items() if rule.warns(value, limits)]
+    if seen:
+      known = f"monitors.warn.{rule.limit} warns {rule.threshold(limits)}"
+      lines.append(f"{rule.title}: {', '.join(seen)}; {known}. Look at {rule.look}.")
   return lines
 
 

@@ -24,7 +24,7 @@ class Oversight:
   Attributes:
     tables: all figures of all models; what each canary got.
     svg: the main figures from model to model; "" without any.
-    warnings: a sentence for each figure that is beyond its threshold.
+    warnings: a line for each figure that is beyond its threshold.
   """
 
   tables: tuple[tables.Table, ...]
@@ -71,11 +71,11 @@ def _canary_cell(figures: Mapping[str, Any] | None, honest: float | None) -> tab
     return tables.Cell(tables.MISSING)
   if figures["too_long"] == figures["tried"]:
     return tables.Cell(tables.MISSING, "too long for the judge")
-  small = f"{tables.percent(figures['readable'])} % readable"
+  small = f"{tables.number(100 * figures['readable'])} % readable"
   if figures["kind"] == "honest" or figures["above"] is None:
     return tables.Cell(tables.number(figures["score"], 2), small)
   beyond = honest is not None and figures["score"] > honest
-  small += f", {tables.percent(figures['above'])} % above"
+  small += f", {tables.number(100 * figures['above'])} % above"
   return tables.Cell(tables.number(figures["score"], 2), small, "bad" if beyond else "")
 
 

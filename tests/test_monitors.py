@@ -81,7 +81,7 @@ def test_each_warns_beyond_its_threshold_and_not_at_it(rule: monitors.Rule) -> N
     lines = monitors.warnings({"M2": {rule.figure: value}}, LIMITS)
     assert len(lines) == count, value
     if lines:
-      assert lines[0].startswith(f"M2: {rule.title}: {rule.shown(value)}; monitors.warn.{rule.limit} warns ")
+      assert lines[0].startswith(f"{rule.title}: M2 {rule.shown(value)}; monitors.warn.{rule.limit} warns ")
       assert rule.threshold(LIMITS) in lines[0] and "Look at " in lines[0]
   never = -math.inf if rule.side == "below" else math.inf
   assert monitors.warnings({"M2": {rule.figure: beyond}}, {**LIMITS, rule.limit: never}) == []
@@ -89,10 +89,11 @@ def test_each_warns_beyond_its_threshold_and_not_at_it(rule: monitors.Rule) -> N
 
 
 def test_a_warning_in_full() -> None:
-  assert monitors.warnings({"M3": {"characters_growth": 1.64, "own_entropy": 0.47}}, LIMITS) == [
-    "M3: entropy of its scores, bits: 0.47; monitors.warn.entropy warns below 0.50. Look at its votes in "
-    "aift…/judgements: nearly all answers get one score, as in the paper's run without EFT.",
-    "M3: growth of characters, times: 1.64; monitors.warn.growth warns above 1.50. Look at the lengths of chosen and "
+  readings = {"M2": {"characters_growth": 1.42}, "M3": {"characters_growth": 1.64, "own_entropy": 0.47}}
+  assert monitors.warnings(readings, LIMITS) == [
+    "entropy of the scores of own answers, bits: M3 0.47; monitors.warn.entropy warns below 0.50. Look at the votes on "
+    "them (judgements of AIFT): nearly all answers get one score, as in the paper's run without EFT.",
+    "growth of characters, times: M3 1.64; monitors.warn.growth warns above 1.50. Look at the lengths of chosen and "
     "rejected answers, and the duels: answers may win because they are longer.",
   ]
 
