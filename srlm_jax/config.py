@@ -63,8 +63,8 @@ def base() -> config_dict.ConfigDict:
   # and training stops at one that loses.
   c.select = dict(
     # The paper's is Claude 2. Ours, as no run may need a paid service: "writer", the fixed chat model at prompts.path,
-    # which stands outside the loop. Or "parent", where training starts (M0, in SFT, has not learnt to judge); a model
-    # of the run by its name; "oracle", the tiny world's; "none": no choice, the last weights are the model.
+    # which stands outside the loop. Or "endpoint"; "parent", where training starts (M0, in SFT, has not learnt to
+    # judge); a model of the run by its name; "oracle", the tiny world's; "none": the last weights are the model.
     judge="writer",
     every=200,  # The paper's, in steps; a training of fewer has no choice.
     prompts=253,  # The paper's number; unstated whose. Ours: of trees that nothing else uses, then the last of IFT.

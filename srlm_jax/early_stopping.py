@@ -21,12 +21,14 @@ import json
 import logging
 from typing import Any
 
+from etils import epath
 import jax
 from ml_collections import config_dict
 
 from srlm_jax import (
   artifacts,
   distributed,
+  endpoint,
   grading,
   llama,
   mesh as mesh_lib,
@@ -43,40 +45,55 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
+class Where:
+  """Where a choice among checkpoints takes place.
+
+  Attributes:
+    sampling: the mesh on which candidates, and a judge that is a model of the run, answer.
+    cache: the folder in which an endpoint's replies are kept.
+  """
+
+  sampling: jax.sharding.Mesh
+  cache: epath.Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Referee:
   """Who decides between two answers.
 
   Attributes:
+    name: in words.
     load: gives what decides, a judge model say; called where there is something to decide.
     duel: (that, answers side by side, name of the second side) → their duels.
     mesh: where it does so.
   """
 
+  name: str
   load: Callable[[], Any]
   duel: Callable[[Any, Sequence[grading.Pair], str], Sequence[records.Duel]]
   mesh: jax.sharding.Mesh
 
 
-def referee(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> Referee:
-  """The referee that `settings.select.judge` names: the world's oracle, or the model that is the input "judge".
-
-  Args:
-    out: the stage's artifact.
-    settings: the whole configuration.
-    mesh: of sampling.
-  """
+def referee(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: Where) -> Referee:
+  """The referee that `settings.select.judge` names: the oracle, an endpoint, or the model that is the input "judge"."""
   section = settings.select
   if section.judge == "oracle":
-    return Referee(lambda: None, lambda _, pairs, against: grading.by_oracle(pairs), mesh)
+    return Referee("oracle", lambda: None, lambda _, pairs, against: grading.by_oracle(pairs), where.sampling)
   template, how = templates.load_pairwise(section.pairwise), sampling_lib.Sampling(**section.verdict)
-  # A server computes elsewhere: each process asks it about shards of its own.
-  where = mesh_lib.make_mesh(devices=jax.local_devices()) if settings.server.url else mesh
-  load = functools.partial(modelstore.speaker, out.inputs["judge"], settings, where)
+  mesh = where.sampling
+  load: Callable[[], rollout.Judge]
+  if section.judge == "endpoint" or settings.server.url:  # It computes elsewhere: processes share the shards out.
+    mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+  if section.judge == "endpoint":
+    terms = endpoint.terms(settings.endpoint)
+    name, load = terms.name, functools.partial(endpoint.connect, terms, where.cache)
+  else:
+    name, load = str(section.judge), functools.partial(modelstore.speaker, out.inputs["judge"], settings, mesh)
 
   def duel(judge: Any, pairs: Sequence[grading.Pair], against: str) -> Sequence[records.Duel]:
     return grading.by_judge(judge, pairs, against, template, how)
 
-  return Referee(load, duel, where)
+  return Referee(name, load, duel, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +182,7 @@ def commit(
   facts: Mapping[str, Any],
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
-  sampling: jax.sharding.Mesh | None = None,
+  where: Where | None = None,
   who: Referee | None = None,
 ) -> None:
   """Trains, chooses among the checkpoints, and commits the chosen weights with the facts of the choice.
@@ -178,15 +195,15 @@ def commit(
     facts: of the training, for the manifest.
     settings: the whole configuration.
     mesh: of training.
-    sampling: of the candidates' answers; None where there is no choice: the last weights are the model.
+    where: the choice takes place; None where there is none: the last weights are the model.
     who: decides; by default whom `settings.select.judge` names.
   """
   points = selection.candidates(settings.select.every, steps)
-  if sampling is None or not points:
+  if where is None or not points:
     modelstore.save(out, train(), words, {**facts, "steps": steps})
     return
   section = settings.select
-  contest = _Contest(out, words, train, settings, sampling, who or referee(out, settings, sampling))
+  contest = _Contest(out, words, train, settings, where.sampling, who or referee(out, settings, where))
   trials: list[selection.Trial] = []
   for step in points:
     fresh = not contest.decided(step)
@@ -199,5 +216,5 @@ def commit(
       break
   logger.info("%s: of %d candidates that of step %d is the model", out.folder, len(trials), chosen)
   model = modelstore.load(contest.candidate(chosen), settings, mesh, train=True)
-  made = selection.facts(trials, section.patience, steps, section.judge)
+  made = selection.facts(trials, section.patience, steps, contest.who.name)
   modelstore.save(out, model, words, {**facts, "steps": chosen, "selection": made})

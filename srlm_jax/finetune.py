@@ -98,11 +98,11 @@ def finetune(
   examples: Sequence[records.SFTExample],
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
-  sampling: jax.sharding.Mesh | None = None,
+  where: early_stopping.Where | None = None,
 ) -> None:
   """Trains the parent on the examples (paper §3.1.2: target tokens only, cosine) and commits the model.
 
-  With a mesh of `sampling` it chooses among the checkpoints; `early_stopping.commit` says which inputs this needs.
+  With `where` it chooses among the checkpoints; `early_stopping.commit` says which inputs this needs.
   """
   words = modelstore.load_tokenizer(parent)
   tokenized, counts = tokenize(examples, words, settings.chat, settings.model.max_length)
@@ -111,4 +111,4 @@ def finetune(
   config = modelstore.model_config(parent, settings, train=True)
   train, sizes = prepare(out, config, start, tokenized, settings.sft, settings, mesh)
   facts = {"counts": dict(counts), **sizes}
-  early_stopping.commit(out, words, train, sizes["steps"], facts, settings, mesh, sampling)
+  early_stopping.commit(out, words, train, sizes["steps"], facts, settings, mesh, where)

@@ -16,6 +16,7 @@ from srlm_jax import (
   chat,
   classes,
   config as config_lib,
+  early_stopping,
   endpoint,
   mesh as mesh_lib,
   safety,
@@ -173,7 +174,8 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.{other}")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
-  if c.evaluate.grader == "endpoint" and "evaluate" in stages:  # Both raise for what they cannot use.
+  asks = {"evaluate": c.evaluate.grader, "sft": c.select.judge, "dpo": c.select.judge}
+  if any(asks.get(stage) == "endpoint" for stage in stages):  # Both raise for what they cannot use.
     endpoint.terms(c.endpoint)
     endpoint.check_local(endpoint_cache(c, workdir))
   pretrains = c.base.kind == "pretrain" and "m0" in folders
@@ -236,7 +238,7 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge', 'endpoint' or 'none'.")
   select = settings.select
   if select.judge == "oracle" and not settings.world.enabled:
-    raise ValueError("select.judge='oracle' judges the tiny world alone: use 'writer', 'parent', a model, or 'none'.")
+    raise ValueError("select.judge='oracle' judges the tiny world alone: use 'writer', 'endpoint' or 'none'.")
   if min(select.every, select.prompts, select.patience) < 1:
     raise ValueError(
       f"select.every={select.every}, select.prompts={select.prompts}, select.patience={select.patience}: each must be "
@@ -301,9 +303,12 @@ class _Plan:
     c, work = self.settings, self.call(run)
     if c.select.judge != "none":
       keys, inputs = (*keys, *SELECT), {**inputs, "seed": "seed"}
-      if c.select.judge != "oracle":
+      if c.select.judge == "endpoint":
+        keys += ("endpoint.url", "endpoint.model")
+      elif c.select.judge != "oracle":
         inputs["judge"] = self.referee(folder, inputs["parent"])
-      work = functools.partial(work, sampling=sampling_mesh(c, self.mesh))
+      where = early_stopping.Where(sampling_mesh(c, self.mesh), endpoint_cache(c, self.workdir))
+      work = functools.partial(work, where=where)
     self.add(folder, stage, keys, inputs, work)
 
   def referee(self, folder: str, parent: str) -> str:
@@ -313,7 +318,9 @@ class _Plan:
       return self.fixed_writer()
     models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
     if name not in ("parent", *models):
-      raise artifacts.unknown(name, ["none", "oracle", "writer", "parent", *models], f"select.judge of {folder}")
+      raise artifacts.unknown(
+        name, ["none", "oracle", "endpoint", "writer", "parent", *models], f"select.judge of {folder}"
+      )
     return parent if name == "parent" else name
 
   def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:

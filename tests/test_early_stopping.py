@@ -5,9 +5,11 @@ import functools
 import importlib.util
 import json
 import pathlib
+from typing import Any
 
 from etils import epath
 import jax
+import loopback
 from ml_collections import config_dict
 import numpy as np
 import pytest
@@ -63,6 +65,7 @@ class Stage:
 
   def __init__(self, root: epath.Path) -> None:
     self.mesh, self.asked = tiny_model.one_device(), list[int | None]()
+    self.where = early_stopping.Where(self.mesh, root / "endpoint")
     parent = artifacts.Artifact(root / "m0", {}, {})
     parent.begin()
     modelstore.save(parent, tiny_model.model(9), tiny_model.words(), {})
@@ -110,11 +113,11 @@ class Stage:
       outcome = -1 if step in worse else 1
       return [records.Duel(prompt_id=one.prompt_id, sample=0, outcome=outcome) for one, _ in pairs]
 
-    who = early_stopping.Referee(lambda: None, duel, self.mesh)
+    who = early_stopping.Referee("oracle", lambda: None, duel, self.mesh)
     work = train or self.made_up
-    sampling = self.mesh if on else None
+    where = self.where if on else None
     early_stopping.commit(
-      self.out, tiny_model.words(), work, STEPS, {"rows": 5}, c or settings(), self.mesh, sampling, who
+      self.out, tiny_model.words(), work, STEPS, {"rows": 5}, c or settings(), self.mesh, where, who
     )
     return self.out.manifest()["facts"]
 
@@ -327,7 +330,7 @@ def test_a_model_of_the_run_answers_and_judges(tmp_path: pathlib.Path) -> None:
   c.select.verdict.update(max_new=8)
   stage.out.inputs["judge"] = stage.out.inputs["parent"]
   stage.out.begin()
-  early_stopping.commit(stage.out, tiny_model.words(), stage.made_up, STEPS, {}, c, stage.mesh, stage.mesh)
+  early_stopping.commit(stage.out, tiny_model.words(), stage.made_up, STEPS, {}, c, stage.mesh, stage.where)
   found = stage.out.manifest()["facts"]["selection"]
   assert (found["chosen"], found["curve"][0]["unreadable"], found["curve"][0]["win"]) == (7, 3, None)
   answers = {step: list(stage.out.read_shards(f"answers-{step:06d}", records.Response)) for step in (0, 7)}
@@ -338,13 +341,40 @@ def test_a_model_of_the_run_answers_and_judges(tmp_path: pathlib.Path) -> None:
 
 def test_the_oracle_judges_without_a_model(tmp_path: epath.Path) -> None:
   stage = Stage(epath.Path(tmp_path))
-  who = early_stopping.referee(stage.out, settings(), stage.mesh)
+  who = early_stopping.referee(stage.out, settings(), stage.where)
   text = "Count from 3 to 5."
   one, other = (
     records.Response(prompt_id="p", prompt=text, sample=0, text=answer, tokens=(2,), finished=True)
     for answer in ("Sure! numbers: 3 4 5.", "no")
   )
   assert [duel.outcome for duel in who.duel(who.load(), [(one, other), (other, one)], "m1 0")] == [1, -1]
+
+
+def test_an_endpoint_judges_and_is_asked_once(tmp_path: epath.Path, scripted: list[str]) -> None:
+  def reply(body: dict[str, Any]) -> loopback.Reply:
+    shown = body["messages"][-1]["content"].split("<response>")
+    return loopback.chat(f"So: [[{'A' if shown[1] > shown[2] else 'B'}]]")  # The one of more steps; "m0" above all.
+
+  server = loopback.Loopback(reply, path="/v1/chat/completions")
+  stage, c = Stage(epath.Path(tmp_path)), settings(patience=2)
+  c.select.judge = "endpoint"
+  c.endpoint.update(url=server.url, model="judge-1")
+
+  def run() -> dict[str, Any]:
+    stage.out = artifacts.Artifact(stage.out.folder, {}, stage.out.inputs)
+    stage.out.begin()
+    early_stopping.commit(stage.out, tiny_model.words(), stage.made_up, STEPS, {}, c, stage.mesh, stage.where)
+    return stage.out.manifest()["facts"]["selection"]
+
+  found = run()
+  assert found["judge"] == f"judge-1 at {server.url}/v1" and found["chosen"] == 7
+  assert [one["net"]["value"] for one in found["curve"]] == [-1.0, 1.0, 1.0, 1.0]
+  assert len(server.asked) == 4 * 3 * 2
+  for path in [*stage.out.folder.glob("duels-*"), *stage.out.folder.glob("verdict-*"), *stage.out.folder.glob("mani*")]:
+    path.unlink()
+  assert run() == found and len(server.asked) == 4 * 3 * 2
+  server.shutdown()
+  server.server_close()
 
 
 def planned(**changes: object) -> dict[str, steps.Step]:
@@ -355,9 +385,14 @@ def planned(**changes: object) -> dict[str, steps.Step]:
 
 def test_the_plan_names_who_judges() -> None:
   trained = ("baseline", "m1", "m2", "m3")
-  for name, judges in {"writer": ["writer"] * 4, "parent": ["m0", "m0", "m1", "m2"], "m0": ["m0"] * 4}.items():
+  for name, judges in {
+    "writer": ["writer"] * 4,
+    "parent": ["m0", "m0", "m1", "m2"],
+    "m0": ["m0"] * 4,
+    "endpoint": [None] * 4,
+  }.items():
     made = planned(**{"select.judge": name})
-    assert [made[folder].inputs["judge"] for folder in trained] == judges
+    assert [made[folder].inputs.get("judge") for folder in trained] == judges
     assert all(made[folder].inputs["seed"] == "seed" for folder in trained)
     assert made["m2"].config["select.judge"] == name and made["seed"].config["select.prompts"] == 253
   order = list(planned(**{"prompts.writer": "m0"}))

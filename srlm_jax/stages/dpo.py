@@ -27,11 +27,11 @@ def run(
   out: artifacts.Artifact,
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
-  sampling: jax.sharding.Mesh | None = None,
+  where: early_stopping.Where | None = None,
 ) -> None:
   """Trains the input "parent" on the input "pairs".
 
-  With a mesh of `sampling` it chooses among the checkpoints (paper §3.1.2).
+  With `where` it chooses among the checkpoints (paper §3.1.2).
   """
   pairs, section = out.inputs["pairs"], settings.dpo
   parent = out.inputs["parent"]
@@ -54,14 +54,14 @@ def run(
     accumulate=section.accumulate,
   )
   facts = {"pairs": count, "reference": pairs.manifest()["facts"]["reference"]}
-  early_stopping.commit(out, words, train, steps, facts, settings, mesh, sampling)
+  early_stopping.commit(out, words, train, steps, facts, settings, mesh, where)
 
 
 def run_positive_only(
   out: artifacts.Artifact,
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
-  sampling: jax.sharding.Mesh | None = None,
+  where: early_stopping.Where | None = None,
 ) -> None:
   """The compared variant (paper §3.2): SFT of M0 on the seed data and the perfectly scored answers."""
   groups = pairing.by_prompt(
@@ -77,4 +77,4 @@ def run_positive_only(
     records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text)
     for one in best
   ]
-  finetune.finetune(out, out.inputs["parent"], examples, settings, mesh, sampling)
+  finetune.finetune(out, out.inputs["parent"], examples, settings, mesh, where)
