@@ -175,6 +175,7 @@ def check_start(
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
   asks = {"evaluate": c.evaluate.grader, "sft": c.select.judge, "dpo": c.select.judge}
+  asks["classify"] = "" if c.world.enabled else c.evaluate.grader
   if any(asks.get(stage) == "endpoint" for stage in stages):  # Both raise for what they cannot use.
     endpoint.terms(c.endpoint)
     endpoint.check_local(endpoint_cache(c, workdir))
@@ -444,9 +445,14 @@ class _Plan:
     """What the paper shows beside its main figures: duels by category, and the map of all prompts (§3.2)."""
     c, evaluated = self.settings, [step for step in self.steps if step.stage == "evaluate"]
     if c.analysis.classes and c.evaluate.grader != "none":
-      inputs = {"seed": "seed", **({} if c.world.enabled else {"judge": self.judge("the evaluation prompts")})}
-      keys = ("world.enabled", "analysis.classes", "analysis.sampling", "chat", "generation.shard")
-      self.add("analysis/classes", "classify", keys, inputs, self.call(classify.run))
+      inputs = {"seed": "seed"}
+      keys = ["world.enabled", "analysis.classes", "analysis.sampling", "chat", "generation.shard"]
+      if not c.world.enabled and c.evaluate.grader == "endpoint":
+        keys += ["endpoint.url", "endpoint.model"]
+      elif not c.world.enabled:
+        inputs["judge"] = self.judge("the evaluation prompts")
+      sort = functools.partial(self.call(classify.run), cache=endpoint_cache(c, self.workdir))
+      self.add("analysis/classes", "classify", tuple(keys), inputs, sort)
       for step in evaluated:
         others = {role: folder for role, folder in step.inputs.items() if role.startswith("against ")}
         inputs = {"evaluation": step.folder, "classes": "analysis/classes", **others}

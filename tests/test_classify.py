@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, classes, config, finegrained, grading, modelstore, records, sampling, tables
+from srlm_jax import (
+  artifacts,
+  classes,
+  config,
+  endpoint,
+  finegrained,
+  grading,
+  modelstore,
+  records,
+  sampling,
+  steps,
+  tables,
+)
 from srlm_jax.stages import analyse, classify, embed
 
 TEMPLATE = classes.Template(
@@ -39,6 +51,33 @@ def test_each_prompt_is_asked_about_once_and_what_cannot_be_read_has_a_reason() 
     ("p3", None, None, None, "too_long"),
   ]
   assert len(judge.asked) == 3 and any("Sort: owl (a, b; short, long)" in one for one in judge.asked)
+
+
+def test_the_judge_of_the_duels_is_asked(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """An endpoint, where it is the grader; else a model, which is an input of the step."""
+  settings = config.base()
+  settings.models = 1
+
+  def step() -> steps.Step:
+    return next(one for one in steps.plan(settings, epath.Path(tmp_path), None) if one.stage == "classify")
+
+  assert step().inputs == {"seed": "seed", "judge": "m1"} and "endpoint.url" not in step().config
+  settings.evaluate.grader = "endpoint"
+  settings.endpoint.update(url="http://127.0.0.1:1", model="judge-1")
+  assert step().inputs == {"seed": "seed"} and step().config["endpoint.model"] == "judge-1"
+  reply = "Category: coding\nComplexity: 3\nLength: one paragraph"
+  judge = tiny_model.actor(lambda asked, sample: reply, max_length=4000)
+  asked: list[object] = []
+  monkeypatch.setattr(endpoint, "connect", lambda terms, cache: asked.append((terms.name, cache)) or judge)
+  seed = artifacts.Artifact(epath.Path(tmp_path / "seed"), {}, {})
+  seed.begin()
+  seed.write_records("eval_prompts.jsonl", [prompt("p0", "Write a sort.")])
+  seed.commit({})
+  out = artifacts.Artifact(epath.Path(tmp_path / "classes"), {}, {"seed": seed})
+  out.begin()
+  classify.run(out, settings, tiny_model.one_device(), epath.Path(tmp_path))
+  [found] = out.read_shards("classes", records.PromptClass)
+  assert (found.category, found.complexity, found.length) == ("coding", 3, "one paragraph") and len(asked) == 1
 
 
 class Run:
@@ -83,7 +122,7 @@ class Run:
     made.commit({})
 
   def analyse(self) -> None:
-    classify.run(self.start("analysis/classes", seed="seed"), self.settings, tiny_model.one_device())
+    classify.run(self.start("analysis/classes", seed="seed"), self.settings, tiny_model.one_device(), self.folder)
     for name, inputs in {"baseline": {}, "m1": {"against_baseline": "eval/baseline"}}.items():
       out = self.start(f"analysis/{name}", evaluation=f"eval/{name}", classes="analysis/classes", **inputs)
       analyse.run(out, self.settings)
@@ -119,7 +158,7 @@ def test_a_judge_s_duels_are_read_from_the_evaluation(tmp_path: pathlib.Path) ->
     out.write_records(f"{name}-00000-of-00001.jsonl", items)
   out.commit({})
   run.settings.evaluate.grader = "judge"
-  classify.run(run.start("analysis/classes", seed="seed"), run.settings, tiny_model.one_device())
+  classify.run(run.start("analysis/classes", seed="seed"), run.settings, tiny_model.one_device(), run.folder)
   made = run.start("analysis/m2", evaluation="eval/m2", classes="analysis/classes", against_baseline="eval/baseline")
   analyse.run(made, run.settings)
   duels = run.facts("analysis/m2")["duels"]["baseline"]["category"]

@@ -1,21 +1,26 @@
 """classify: what each evaluation prompt asks for, said by a judge; the tiny world knows it (paper §3.2)."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import logging
 
+from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, classes, modelstore, records, rollout, sampling
+from srlm_jax import artifacts, classes, endpoint, mesh as mesh_lib, modelstore, records, rollout, sampling
 
 logger = logging.getLogger(__name__)
 
 
-def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Writes classes shards, in the order of the prompts. Inputs: "seed", and "judge" outside the tiny world."""
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, cache: epath.Path) -> None:
+  """Writes classes shards, in the order of the prompts.
+
+  Inputs: "seed", and "judge" where neither the tiny world nor an endpoint says it. `cache` is the folder in which an
+  endpoint's replies are kept.
+  """
   prompts = out.inputs["seed"].read("eval_prompts.jsonl", records.Prompt)
   if settings.world.enabled:
     options = classes.WORLD
@@ -24,8 +29,13 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     template = classes.load_template(settings.analysis.classes)
     options = template.options
     how = sampling.Sampling(**settings.analysis.sampling)
-    judge = functools.partial(modelstore.speaker, out.inputs["judge"], settings, mesh)
     work = functools.partial(ask, template=template, how=how)
+    judge: Callable[[], rollout.Judge]
+    if settings.evaluate.grader == "endpoint":
+      judge = functools.partial(endpoint.connect, endpoint.terms(settings.endpoint), cache)
+      mesh = mesh_lib.make_mesh(devices=jax.local_devices())  # It computes elsewhere: processes share the shards out.
+    else:
+      judge = functools.partial(modelstore.speaker, out.inputs["judge"], settings, mesh)
     artifacts.map_shards(out, "classes", prompts, settings.generation.shard, mesh, judge, work)
   found = list(out.read_shards("classes", records.PromptClass))
   counts = Counter(one.reason or "readable" for one in found)
