@@ -10,3 +10,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("NPROC", "32")  # XLA's threads: a collective blocks one until all eight devices are there.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "srlm_jax" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_module():
+  """Compiled programs hold memory maps, of which a process may have some 65,000: the suite has more."""
+  yield
+  jax.clear_caches()
