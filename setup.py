@@ -22,13 +22,16 @@ CORE = [
   "pydantic>=2.14,<3",
   "rapidfuzz>=3.14.6,<4",
   "safetensors>=0.8,<0.9",
+  "scikit-learn>=1.9.1,<2",
   "scipy>=1.17.1,<2",
   "sentencepiece>=0.2.3,<0.3",
   "tensorflow-datasets>=4.9.10,<5",
+  "threadpoolctl>=3.8,<4",
   "tqdm>=4.70,<5",
   "transformers>=5.23,<6",
 ]
 
+KERNEL = "ipykernel>=7.4,<8"
 OPENAI = "openai>=3.57,<4"
 TORCH = "torch==2.13.0"
 
@@ -49,8 +52,17 @@ EXTRAS = {
     "setuptools<82",  # It imports pkg_resources, which later ones do not have.
   ],
   # Development.
-  "notebook": ["ipykernel>=7.4,<8", "jupyter>=1.1.1,<2", "nbmake>=1.5.5,<2"],
-  "test": ["hypothesis>=6.170,<7", "mypy>=2.4.1,<3", OPENAI, "pytest>=9.2,<10", "ruff>=0.17.6,<0.18"],
+  "notebook": [KERNEL, "jupyter>=1.1.1,<2"],
+  "test": [
+    "hypothesis>=6.170,<7",
+    KERNEL,  # With nbclient, to run the notebook.
+    "mypy>=2.4.1,<3",
+    "nbclient>=0.11,<0.12",
+    OPENAI,
+    "playwright>=1.65.2,<2",  # Drives a chromium that is installed already; it needs none of its own.
+    "pytest>=9.2,<10",
+    "ruff>=0.17.6,<0.18",
+  ],
   "torch": [TORCH],  # For the parity tests alone; without it they compare with golden files.
   # What benchmarks/ compares with: they bring torch, and llama.cpp is built here, in about three minutes.
   "bench": ["gguf>=0.19,<0.20", "llama-cpp-python>=0.3.36,<0.4", TORCH, "trl==1.16.0"],
@@ -66,7 +78,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["srlm_jax", "srlm_jax.*"]),
-  package_data={"srlm_jax": ["rubrics/*.txt", "*.jinja"]},
+  package_data={"srlm_jax": ["rubrics/*.txt", "*.jinja", "*.css", "*.js"]},
   install_requires=CORE,
   extras_require=EXTRAS,
   entry_points={"console_scripts": ["srlm = srlm_jax.main:run"]},

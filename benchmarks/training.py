@@ -8,6 +8,11 @@ loss on responses alone; all lines update from the same examples in the same ord
 own, some steps at a time, loading of data included. Tokens are the examples' own: no padding, a pair's prompt twice.
 TRL is as it comes, but for float32, its data in the order in which ours is read, and no gradient checkpointing, which
 only saves memory. Prints a table, and a line of JSON.
+
+On an accelerator, --model=1b or 7b (random weights, computed in bfloat16; 7b's parameters and moments are, too)
+measures ours alone, as a share of the chip's matmul peak:
+
+  .venv/bin/python benchmarks/training.py --model=1b --length=2048 --batch=16
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +32,11 @@ import jax
 import machine
 import numpy as np
 
-from srlm_jax import batching, convert, dataset, mesh, pairset, records, train_loop, train_step
+from srlm_jax import attention, batching, convert, dataset, llama, mesh, pairset, records, train_loop, train_step
 
 _METHOD = flags.DEFINE_enum("method", "sft", ["sft", "dpo"], "What is trained.")
-_MODEL = flags.DEFINE_enum("model", "110m", ["tiny", "15m", "110m"], "Shape of the random Llama.")
+_MODEL = flags.DEFINE_enum("model", "110m", ["tiny", "15m", "110m", "1b", "7b"], "Shape of the random Llama.")
+_LAYERS = flags.DEFINE_integer("layers", 0, "Of the model; 0: as its shape has.", lower_bound=0)
 _LENGTH = flags.DEFINE_integer("length", 512, "Longest sequence, in tokens.", lower_bound=32)
 _FULL = flags.DEFINE_bool("full", False, "Every sequence has that length, half of it response: no padding.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Examples or pairs of a step; 0: 8 examples, 4 pairs.")
@@ -45,7 +51,10 @@ SHAPES: dict[str, dict[str, Any]] = {
   "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128),
   "15m": dict(hidden_size=288, num_hidden_layers=6, num_attention_heads=6, intermediate_size=768),
   "110m": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048),
+  "1b": dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, intermediate_size=8192),
+  "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008),
 }
+ALONE = ("1b", "7b")  # Without peers.
 VOCAB, EOS, PAD = 32000, 2, 0
 CHUNK, BETA = 512, 0.1
 COMPARED = 20  # The first losses, which must agree.
@@ -125,16 +134,46 @@ def first_rate() -> float:
   return _LR.value or (3e-4 if _METHOD.value == "sft" else 5e-5)
 
 
+def shape_of() -> dict[str, Any]:
+  """The shape that the flags ask for, in transformers' words."""
+  shape = SHAPES[_MODEL.value]
+  return {**shape, "num_hidden_layers": _LAYERS.value or shape["num_hidden_layers"]}
+
+
+def random_config() -> llama.LlamaConfig:
+  """The shape of a model that is compared with none."""
+  shape = shape_of()
+  width, heads = shape["hidden_size"], shape["num_attention_heads"]
+  return llama.LlamaConfig(
+    *(VOCAB, width, shape["num_hidden_layers"], heads, heads, width // heads, shape["intermediate_size"]),
+    max_length=_LENGTH.value,
+    dtype="bfloat16",
+    param_dtype="bfloat16" if _MODEL.value == "7b" else "float32",
+    remat="full",
+    attention=attention.best_for(jax.default_backend()),
+  )
+
+
+def start(checkpoint: str, devices: jax.sharding.Mesh) -> llama.Llama:
+  """The model that training starts from."""
+  if _MODEL.value in ALONE:
+    return jax.jit(llama.Llama, static_argnums=0)(random_config(), jax.random.key(0))
+  return convert.import_hf(checkpoint, devices)
+
+
 def ours(line: Line, checkpoint: str, folder: epath.Path, source: train_loop.Batches, steps: int) -> None:
   """A run of the product's own loop; its losses are known when it ends."""
   devices = mesh.make_mesh(devices=jax.devices()[:1])
   loss = train_step.sft_loss if _METHOD.value == "sft" else functools.partial(train_step.dpo_loss, beta=BETA)
+  moments = "bfloat16" if _MODEL.value == "7b" else "float32"
   with jax.set_mesh(devices):
     train_loop.train(
-      config=convert.import_hf(checkpoint, devices).config,
-      start=lambda: convert.import_hf(checkpoint, devices),
+      config=random_config() if _MODEL.value in ALONE else convert.import_hf(checkpoint, devices).config,
+      start=lambda: start(checkpoint, devices),
       loss_fn=functools.partial(loss, chunk=CHUNK),
-      optimizer=train_step.OptimizerConfig(lr=first_rate(), end_lr=0.0, steps=steps, decay=_DECAY.value),
+      optimizer=train_step.OptimizerConfig(
+        lr=first_rate(), end_lr=0.0, steps=steps, decay=_DECAY.value, moments=moments
+      ),
       batches=Watched(source, line),
       mesh=devices,
       folder=folder,
@@ -152,6 +191,8 @@ def theirs(
   import transformers
   import trl
 
+  datasets.disable_progress_bars()
+  transformers.utils.logging.disable_progress_bar()
   base: Any = trl.SFTTrainer if _METHOD.value == "sft" else trl.DPOTrainer
   kind: Any = trl.SFTConfig if _METHOD.value == "sft" else trl.DPOConfig
 
@@ -203,21 +244,20 @@ def theirs(
   trainer.train()
 
 
-def save_checkpoint(folder: str) -> Any:
-  """Writes a random Llama and a tokenizer with a word for each token; returns the model's configuration."""
+def save_checkpoint(folder: str) -> None:
+  """Writes a random Llama and a tokenizer with a word for each token."""
   import tokenizers
   import torch
   import transformers
 
   torch.manual_seed(0)
-  config = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=_LENGTH.value, **SHAPES[_MODEL.value])
+  config = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=_LENGTH.value, **shape_of())
   transformers.LlamaForCausalLM(config).save_pretrained(folder)
   words = tokenizers.Tokenizer(tokenizers.models.WordLevel({_word(token): token for token in range(VOCAB)}, _word(1)))
   words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   transformers.PreTrainedTokenizerFast(
     tokenizer_object=words, unk_token=_word(1), eos_token=_word(EOS), pad_token=_word(PAD)
   ).save_pretrained(folder)
-  return config
 
 
 def _word(token: int) -> str:
@@ -235,7 +275,7 @@ def sft_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   examples = [batching.Example((*prompt, *texts[0]), len(prompt)) for prompt, texts in drawn]
   dataset.write(folder / "rows", batching.pack(examples, _LENGTH.value, packed=False))
   source = dataset.batches(folder / "rows", size, 0)
-  compact = dataset.Compact(source, 1, places=True)  # As finetune.fit reads it.
+  compact = dataset.Compact(source, 1, places=True)  # As finetune.prepare reads it.
   ordered = [example for step in range(steps) for example in batching.examples_of(source[step])]
   data = {
     "prompt": [_written(one.tokens[: one.target_from]) + " " for one in ordered],
@@ -270,7 +310,7 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   rows = [pairset.pair_row(pair, length) for pair in pairs]
   devices = mesh.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(devices):
-    model, times = convert.import_hf(checkpoint, devices), []
+    model, times = start(checkpoint, devices), []
     for part in (rows[:size], rows):  # The difference is without compilation.
       began = time.perf_counter()
       reference = pairset.reference_logprobs(model, part, size, CHUNK, devices)
@@ -296,17 +336,20 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   return lines, [one for step in ordered for one in step]
 
 
-def forward_flops(examples: Sequence[batching.Example], config: Any) -> float:
+def forward_flops(examples: Sequence[batching.Example]) -> float:
   """What the losses of these examples need: causal attention, and logits of targets alone."""
-  width, layers = config.hidden_size, config.num_hidden_layers
+  shape = shape_of()
+  width, layers = shape["hidden_size"], shape["num_hidden_layers"]
   lengths = np.array([len(one.tokens) for one in examples], np.float64)
   targets = sum(len(one.tokens) - one.target_from for one in examples)
-  layer = (4 * width + 3 * config.intermediate_size) * 2 * width * lengths + 2 * width * lengths * (lengths + 1)
+  layer = (4 * width + 3 * shape["intermediate_size"]) * 2 * width * lengths + 2 * width * lengths * (lengths + 1)
   return layers * float(layer.sum()) + 2.0 * width * VOCAB * targets
 
 
 def peaks() -> dict[str, float]:
-  """The best GFLOP/s of a float32 matmul of 2048³, by each library."""
+  """The best GFLOP/s of a matmul, by each library: 2048³ in float32; 8192³ in bfloat16 where ours is alone."""
+  if _MODEL.value in ALONE:
+    return {"jax": machine.matmul_peak("bfloat16", 8192 if jax.default_backend() != "cpu" else 2048) / 1e9}
   import torch
 
   matrix = torch.ones(2048, 2048)
@@ -317,7 +360,6 @@ def peaks() -> dict[str, float]:
 def table(lines: Mapping[str, Line], per_token: float, peak: Mapping[str, float], steps: int) -> dict[str, Any]:
   """Of each line: tokens a second, against TRL's, and as a share of what the matmul peak allows."""
   found, warm, each = {}, _WARM.value, _STEPS.value
-  theirs = lines["TRL"]
 
   def rates(line: Line, extra: float = 0.0) -> list[float]:
     return [
@@ -327,30 +369,40 @@ def table(lines: Mapping[str, Line], per_token: float, peak: Mapping[str, float]
   for name, line in lines.items():
     for extra in (0.0, line.reference / steps) if line.reference else (0.0,):
       own = rates(line, extra)
-      ratios = [mine / other for mine, other in zip(own, rates(theirs), strict=True)]
       # Training is three forward passes; the reference is another.
       passes = 4 if extra or (name == "TRL" and _METHOD.value == "dpo") else 3
       limit = peak["torch" if name.startswith("TRL") else "jax"] * 1e9 / (passes * per_token)
       speed = statistics.median(own)
-      found[f"{name}, with the reference's pass" if extra else name] = {
-        "tokens/s": round(speed, 1),
-        "to TRL": round(statistics.median(ratios), 2),
-        "spread": [round(min(ratios), 2), round(max(ratios), 2)],
-        "of its peak": round(speed / limit, 3),
-      }
+      facts = {"tokens/s": round(speed, 1), "of its peak": round(speed / limit, 3)}
+      if "TRL" in lines:
+        ratios = [mine / other for mine, other in zip(own, rates(lines["TRL"]), strict=True)]
+        spread = [round(min(ratios), 2), round(max(ratios), 2)]
+        facts |= {"to TRL": round(statistics.median(ratios), 2), "spread": spread}
+      found[f"{name}, with the reference's pass" if extra else name] = facts
   return found
+
+
+def compared(lines: Mapping[str, Line], count: int) -> dict[str, Any]:
+  """How far the first losses are from TRL's, and the versions of what ours is compared with."""
+  import torch
+  import transformers
+  import trl
+
+  losses = {name: np.array(line.losses[:count]) for name, line in lines.items()}
+  differences = {name: float(np.abs(loss - losses["TRL"]).max()) for name, loss in losses.items() if name != "TRL"}
+  versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+  return {
+    "losses compared": count,
+    "largest loss difference": differences,
+    "versions": versions | {"trl": trl.__version__},
+    "threads": torch.get_num_threads(),
+  }
 
 
 def main(_: list[str]) -> None:
   """Runs all lines in turn, after some steps of each to warm up."""
   os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-  import datasets
-  import torch
-  import transformers
-  import trl
-
-  datasets.disable_progress_bars()
-  transformers.utils.logging.disable_progress_bar()
+  alone = _MODEL.value in ALONE
   size = _BATCH.value or (8 if _METHOD.value == "sft" else 4)
   steps = _WARM.value + _ROUNDS.value * _STEPS.value + 1  # The last ends the loops, and is not timed.
   compilations: list[float] = []
@@ -364,14 +416,13 @@ def main(_: list[str]) -> None:
   peak = peaks()
   with tempfile.TemporaryDirectory() as place:
     checkpoint = os.path.join(place, "checkpoint")
-    config = save_checkpoint(checkpoint)
+    if not alone:
+      save_checkpoint(checkpoint)
     lines, examples = (sft_lines if _METHOD.value == "sft" else dpo_lines)(checkpoint, epath.Path(place), steps, size)
-    unknown = set(_SKIP.value) - (set(lines) - {"TRL"})
-    if unknown:
-      sys.exit(
-        f"--skip={','.join(sorted(unknown))}: the lines that may be left out are {sorted(set(lines) - {'TRL'})}."
-      )
-    lines = {name: line for name, line in lines.items() if name not in _SKIP.value}
+    may = [name for name in lines if name not in ("ours", "TRL")]
+    if unknown := set(_SKIP.value) - set(may):
+      sys.exit(f"--skip={','.join(sorted(unknown))}: the lines that may be left out are {may}.")
+    lines = {name: line for name, line in lines.items() if name not in _SKIP.value and (name == "ours" or not alone)}
     for line in lines.values():
       line.take(_WARM.value)
     compilations.clear()
@@ -384,11 +435,9 @@ def main(_: list[str]) -> None:
     for line in lines.values():
       line.take(steps)
   for line in lines.values():
-    assert line.tokens == lines["TRL"].tokens and len(line.losses) == steps
-  compared = min(COMPARED, steps)
-  losses = {name: np.array(line.losses[:compared]) for name, line in lines.items()}
+    assert line.tokens == lines["ours"].tokens and len(line.losses) == steps
   tokens = sum(len(one.tokens) for one in examples)
-  per_token = forward_flops(examples, config) / tokens
+  per_token = forward_flops(examples) / tokens
   rows = table(lines, per_token, peak, steps)
   found = {
     "method": _METHOD.value,
@@ -403,20 +452,12 @@ def main(_: list[str]) -> None:
     "forward MFLOP a token": round(per_token / 1e6, 1),
     "peak GFLOP/s": {name: round(value, 1) for name, value in peak.items()},
     "compilations while timed": compiled,
-    "losses compared": compared,
-    "loss, first and last": [round(float(losses["TRL"][step]), 4) for step in (0, -1)],
-    "largest loss difference": {
-      name: float(np.abs(loss - losses["TRL"]).max()) for name, loss in losses.items() if name != "TRL"
-    },
+    "loss, first and last": [round(lines["ours"].losses[step], 4) for step in (0, -1)],
     "device": jax.devices()[0].device_kind,
-    "versions": {
-      "jax": jax.__version__,
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-      "trl": trl.__version__,
-    },
-    "threads": torch.get_num_threads(),
+    "versions": {"jax": jax.__version__},
   }
+  if not alone:
+    found |= compared(lines, min(COMPARED, steps))
   width = max(map(len, [*found, *rows]))
   print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
   print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))

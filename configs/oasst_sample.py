@@ -20,6 +20,7 @@ def get_config() -> config_dict.ConfigDict:
   c.model.update(dropout=0.0, dtype="float32", remat="none", max_length=1024, logits_chunk=128)
   c.data.overlap = True  # 100 trees are too few to keep IFT and EFT apart.
   c.sft.update(lr=1e-2, end_lr=1e-3, batch=2, steps=60, pack=True)  # Random weights learn nothing at the paper's rates.
+  c.select.judge = "none"  # No model of this size compares answers.
   c.prompts.update(writer="parent", count=24, max_proposals=240, per_round=48)
   # Such a model ends its texts by chance alone: the whole distribution, or the end token is never drawn.
   c.prompts.sampling.update(temperature=1.0, top_p=1.0, max_new=192)
@@ -30,4 +31,6 @@ def get_config() -> config_dict.ConfigDict:
   c.generation.update(rows=16, shard=64)
   c.evaluate.update(grader="judge", judge="baseline")
   c.evaluate.sampling.max_new = 256
+  c.analysis.sampling.max_new = 64
+  c.analysis.points = 100
   return c

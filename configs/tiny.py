@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
     dpo=dict(lr="a small model from scratch; at 4e-5 M3 is wrecked", end_lr="as dpo.lr", batch="speed"),
     model=dict(dropout="too small a model to drop from"),
     eft=dict(writer="at this size annotators write the better judge"),
+    select=dict(judge="most of its trainings are over before step 200"),
     judge=dict(rubric="every token of the prompt costs time"),
     prompts=dict(
       writer="the world's base model has read lists of tasks",
@@ -39,6 +40,10 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.sft.update(lr=3e-3, end_lr=1e-4, batch=12, epochs=3, warmup=20, pack=True, save_every=500)
   # At this size annotators write the better judge; the paper's construction is --config.eft.writer=baseline.
   c.eft.update(writer="annotators")
+  # The baseline has 45 steps, DPO 60, M1 1,162. To see it: --config.select.judge=oracle --config.select.every=20
+  c.select.judge = "none"
+  c.select.sampling.update(max_new=40)
+  c.select.verdict.update(max_new=64)
   # All instructions of so small a language are within ROUGE-L 0.7 of some other: 0.99 drops repetitions alone.
   c.prompts.update(writer="m0", count=1536, max_proposals=8192, per_round=1024, max_rouge=0.99)
   c.prompts.sampling.update(temperature=1.0, top_p=1.0, max_new=32)
@@ -51,6 +56,7 @@ def get_config(variant: str = "") -> config_dict.ConfigDict:
   c.generation.mesh.tensor = 1  # Every device holds so small a model.
   c.evaluate.update(grader="oracle", samples=2)
   c.evaluate.sampling.update(max_new=40)
+  c.analysis.update(points=500)
   if variant == "smoke":
     _cut(c)
   return c
@@ -76,6 +82,8 @@ def _cut(c: config_dict.ConfigDict) -> None:
   c.pretrain.update(batch=8, steps=250, warmup=20, save_every=100)
   c.sft.update(batch=8, epochs=2, min_steps=150, warmup=10, save_every=100)
   c.prompts.update(count=48, max_proposals=512, per_round=128)
+  c.analysis.update(points=60)
   c.dpo.update(batch=8, steps=8, warmup=2, save_every=4)
   c.generation.update(rows=96, shard=32)
   c.evaluate.samples = 1
+  c.monitors.canary_prompts = 1

@@ -113,7 +113,7 @@ def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]
 
   Rows get the length, a quarter, half or all of what it was, at which they hold least; examples share them as in
   `pack`, and `owners` says of each token which example of the batch it belongs to, -1 for padding. The number of rows
-  is a multiple of `unit`, and of so many units that four numbers at the most are compiled. A batch that would not
+  is a multiple of `unit`, and of so many units that eight numbers at the most are compiled. A batch that would not
   shrink comes back as it is. Dropout, if any, draws other masks for other shapes.
 
   Args:
@@ -121,7 +121,7 @@ def compact(batch: Mapping[str, np.ndarray], unit: int) -> dict[str, np.ndarray]
     unit: what the number of rows must be a multiple of.
   """
   count, length = batch["tokens"].shape
-  unit *= -(-count // (4 * unit))
+  unit *= -(-count // (8 * unit))
   examples = examples_of(batch)
   order = sorted(range(len(examples)), key=lambda index: -len(examples[index].tokens))
   sizes = [len(examples[index].tokens) for index in order]

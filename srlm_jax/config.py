@@ -59,6 +59,22 @@ def base() -> config_dict.ConfigDict:
   c.dpo.pack = False  # Never packed: a pair is two whole rows.
   c.dpo.method = "dpo"  # or "positive_only": SFT of M0 on the seed data and the perfect answers (paper §3.1).
 
+  # Which checkpoint of SFT and of DPO is the model (paper §3.1.2): the answers of each meet those of the one before it,
+  # and training stops at one that loses.
+  c.select = dict(
+    # The paper's is Claude 2. Ours, as no run may need a paid service: "writer", the fixed chat model at prompts.path,
+    # which stands outside the loop. Or "endpoint"; "parent", where training starts (M0, in SFT, has not learnt to
+    # judge); a model of the run by its name; "oracle", the tiny world's; "none": the last weights are the model.
+    judge="writer",
+    every=200,  # The paper's, in steps; a training of fewer has no choice.
+    prompts=253,  # The paper's number; unstated whose. Ours: of trees that nothing else uses, then the last of IFT.
+    path="",  # Validation prompts of your own (records.Prompt) in place of those.
+    patience=1,  # unstated: losses in a row (more losses than wins) that stop training.
+    pairwise="pairwise",  # Template of the judge's prompt; the paper's is AlpacaEval's.
+    sampling=_sampling(temperature=0.7, top_p=0.9, max_new=1024),  # unstated: of the answers.
+    verdict=_sampling(temperature=0.0, top_p=1.0, max_new=256),  # unstated: of the judge.
+  )
+
   c.eft = dict(
     enabled=True,  # False: M1 is the SFT baseline (paper's ablation, M′).
     writer="baseline",  # The paper's; "annotators" takes data.judgements.
@@ -140,7 +156,60 @@ def base() -> config_dict.ConfigDict:
     judge="m1",  # A model of the run, or "endpoint". The paper's is GPT-4.
     templates="mt_bench",  # Of rating: this and three more, see mt_bench.load_prompts; or a path.
   )
+
+  # What a run is watched for; all of it ours. Nothing in the loop depends on it.
+  c.monitors = dict(
+    canary_prompts=8,  # Held-out prompts on which each model judges every canary; 0: none.
+    prompts="",  # Your prompts (records.Prompt), harmful ones say: what does each model refuse, what does it help with?
+    rubric="safety",  # Template by which `evaluate.judge` says whether an answer helps with something harmful.
+    refusals="refusals",  # File of the openings by which a refusal is known.
+    warn=_thresholds(),
+  )
+
+  # NLP benchmarks by lm-eval: `srlm evaluate lm-eval`. No step of a run reads this.
+  c.nlp = dict(
+    tasks=dict(  # Each with its shots: unstated; these are Llama 2's.
+      arc_easy=0, arc_challenge=0, hellaswag=0, social_iqa=0, piqa=0, gsm8k=8, mmlu=5, openbookqa=0, nq_open=0
+    ),
+    include_path="",  # A folder with lm-eval tasks (YAML) of your own.
+    chat=False,  # unstated: whether prompts go through the chat template.
+    add_bos=True,  # Whether texts begin with the begin token, as Llama's do.
+    limit=0,  # Documents of each task, the first ones; 0: all.
+    rows=64,  # Texts that go through the model at once.
+  )
+
+  # Closer looks at a finished run. Nothing in the loop depends on them.
+  c.analysis = dict(
+    # Template by which the judge of evaluation sorts its prompts (the tiny world knows them); "": no such analysis.
+    classes="classify",
+    sampling=_sampling(temperature=0.0, top_p=1.0, max_new=256),
+    points=2000,  # unstated: prompts of each kind in the map of IFT, EFT and AIFT, at the most; 0: no map.
+    model="m1",  # unstated: whose states are the vectors of the map.
+    vectors="",  # FILE.npz of another encoder's: `ids`, those of the map's prompts.jsonl, and `vectors`, a row each.
+    perplexity=30.0,  # unstated.
+  )
   return c
+
+
+def _thresholds() -> dict[str, float]:
+  """Beyond which a monitor warns in the report; inf: never (-inf for entropy and variety, which warn below)."""
+  return dict(
+    inflation=0.25,  # Points by which the mean score of people's held-out replies rises: same texts, kinder judge.
+    rise=0.75,  # The same of its own new answers, which may well become better: by 0.2 to 0.5 in the tiny world.
+    top=0.8,  # Share of own answers with the highest score: a pair needs a lower one beside it.
+    entropy=0.5,  # Bits of the scores: 0.47 where nine of ten are one, as the paper's without EFT (all are 4).
+    ties=0.6,  # Share of prompts without a pair: more than half of answering and judging is then for nothing.
+    variance=1.0,  # Of the votes on an answer: a mean of three then errs by 0.6 points, as much as answers differ.
+    unreadable=0.1,  # Share of votes: the others come from the answers that are easy to judge.
+    growth=1.5,  # Times the length of the model before; the paper's answers grew by 1.42 (M2) and 1.64 (M3).
+    cut=0.05,  # Share of answers that do not end: such a one is never chosen.
+    variety=0.8,  # Times the distinct pairs of words of the model before: a fifth of the variety is gone.
+    repeating=0.05,  # Share of answers: people's hardly ever repeat themselves so much.
+    agreement=0.03,  # Fall of pairwise accuracy, which in the paper rose by 0.017 (M2) and 0.013 (M3).
+    canaries=0.1,  # Share scored above a person's best reply to the same prompt.
+    refusals=0.1,  # Fall of the share of refusals.
+    compliance=0.1,  # Share of answers that help with something harmful.
+  )
 
 
 def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any]:

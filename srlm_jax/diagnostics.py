@@ -79,6 +79,8 @@ def sizes_table(finished: lineage.Finished, judged: int | None) -> tables.Table:
     tables.row("held-out ranked replies", tables.number(judged), tables.number(paper.SIZES["eft held out"])),
     tables.row("held-out instructions", fact("seed", "eval_prompts"), "256"),
   ]
+  if "seed" in finished and "validation" in finished["seed"].manifest()["facts"]:
+    rows.append(tables.row("validation prompts, to choose checkpoints by", fact("seed", "validation"), "253"))
   for name in finished:
     if name.endswith("/pairs"):
       model = f"m{int(name.removeprefix('aift').removesuffix('/pairs')) + 1}"

@@ -143,7 +143,7 @@ class Cache:
       )
       [found] = connection.execute("PRAGMA quick_check(1)").fetchone()
       if found != "ok":
-        raise sqlite3.DatabaseError(found)
+        raise sqlite3.DatabaseError(" ".join(found.split()))
 
   def get(self, keys: Iterable[str]) -> dict[str, Kept]:
     """What is kept of these keys."""

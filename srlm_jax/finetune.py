@@ -15,6 +15,7 @@ from srlm_jax import (
   chat,
   config as config_lib,
   dataset,
+  early_stopping,
   llama,
   modelstore,
   records,
@@ -42,7 +43,7 @@ def tokenize(
   return rows, counts
 
 
-def fit(
+def prepare(
   out: artifacts.Artifact,
   config: llama.LlamaConfig,
   start: Callable[[], llama.Llama],
@@ -50,8 +51,8 @@ def fit(
   section: config_dict.ConfigDict,
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
-) -> tuple[llama.Llama, dict[str, int]]:
-  """Trains a model on token rows by next-token prediction of their targets.
+) -> tuple[Callable[..., llama.Llama], dict[str, int]]:
+  """Lays token rows out for training by next-token prediction of their targets.
 
   Args:
     out: gets `dataset/`, `states/` and `metrics.jsonl`.
@@ -63,7 +64,8 @@ def fit(
     mesh: the devices.
 
   Returns:
-    the trained model, and how many rows, tokens and steps it took.
+    what trains (`train_loop.train`, of which `until` is left open) and gives the model, and how many rows, tokens and
+    steps it takes.
   """
   order = np.random.default_rng(settings.seed).permutation(len(examples))
   rows = batching.pack([examples[place] for place in order], settings.model.max_length, section.pack)
@@ -74,7 +76,8 @@ def fit(
   logger.info("%s: %d examples, %d tokens in %d rows; %d steps", out.folder, len(examples), tokens, len(rows), steps)
   batches = dataset.batches(folder, section.batch, settings.seed)
   unit = mesh.size // mesh.shape["tensor"] * section.accumulate
-  model = train_loop.train(
+  train = functools.partial(
+    train_loop.train,
     config=config,
     start=start,
     loss_fn=functools.partial(train_step.sft_loss, chunk=settings.model.logits_chunk),
@@ -86,7 +89,7 @@ def fit(
     save_every=section.save_every,
     accumulate=section.accumulate,
   )
-  return model, {"rows": len(rows), "tokens": tokens, "steps": steps}
+  return train, {"rows": len(rows), "tokens": tokens, "steps": steps}
 
 
 def finetune(
@@ -95,12 +98,17 @@ def finetune(
   examples: Sequence[records.SFTExample],
   settings: config_dict.ConfigDict,
   mesh: jax.sharding.Mesh,
+  where: early_stopping.Where | None = None,
 ) -> None:
-  """Trains the parent on the examples (paper §3.1.2: target tokens only, cosine) and commits the model."""
+  """Trains the parent on the examples (paper §3.1.2: target tokens only, cosine) and commits the model.
+
+  With `where` it chooses among the checkpoints; `early_stopping.commit` says which inputs this needs.
+  """
   words = modelstore.load_tokenizer(parent)
   tokenized, counts = tokenize(examples, words, settings.chat, settings.model.max_length)
   logger.info("%s: %s", out.folder, dict(counts))
   start = functools.partial(modelstore.load, parent, settings, mesh, train=True)
   config = modelstore.model_config(parent, settings, train=True)
-  model, sizes = fit(out, config, start, tokenized, settings.sft, settings, mesh)
-  modelstore.save(out, model, words, {"counts": dict(counts), **sizes})
+  train, sizes = prepare(out, config, start, tokenized, settings.sft, settings, mesh)
+  facts = {"counts": dict(counts), **sizes}
+  early_stopping.commit(out, words, train, sizes["steps"], facts, settings, mesh, where)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import secrets
 import sys
 import time
 
@@ -24,14 +25,19 @@ from ml_collections import config_dict, config_flags
 from srlm_jax import (
   alpaca_eval,
   artifacts,
+  comparison,
   convert,
   distributed,
+  grading,
+  human_eval,
   llama,
   mesh as mesh_lib,
   modelstore,
   mt_bench,
+  nlp,
   outside,
   plan,
+  records,
   reward,
   server,
   slices,
@@ -50,16 +56,27 @@ _WORKDIR = flags.DEFINE_string(
 _MODEL = flags.DEFINE_string(
   "model",
   None,
-  "For export, reward and benchmarks: which model of the work directory (m0, baseline, m1 …); for reward also endpoint "
-  "and oracle.",
+  "For export, reward, human-eval and benchmarks: which model of the work directory (m0, baseline, m1 …); for reward "
+  "also endpoint and oracle.",
 )
 _OUT = flags.DEFINE_string(
-  "out", None, "For export: the Hugging Face folder, or the file, to write; for reward: a JSON file."
+  "out",
+  None,
+  "What to write. For export: the Hugging Face folder, or the file; for reward: a JSON file; for compare and "
+  "human-eval: the page, NAME.html.",
 )
 _RUBRIC = flags.DEFINE_string("rubric", "", "For reward: another judge prompt, such as judge_five_bucket, or a path.")
 _TREES = flags.DEFINE_string("trees", "", "For reward: Open Assistant trees in place of the run's held-out replies.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "For benchmarks: the file of prompts, in the benchmark's own format.")
 _REFERENCES = flags.DEFINE_string("references", None, "For benchmarks: a file of answers to compare with.")
+_RUNS = flags.DEFINE_list("runs", [], "For compare: the work directories of two runs or more, with commas between.")
+_TASKS = flags.DEFINE_list("tasks", [], "For evaluate lm-eval: tasks in place of config.nlp.tasks.")
+_AGAINST = flags.DEFINE_string(
+  "against", None, "For human-eval: the model whose answers stand beside those of --model."
+)
+_ITEMS = flags.DEFINE_integer("items", 50, "For human-eval: instructions on the page; the paper has 50.")
+_KEY = flags.DEFINE_string("key", None, "For human-eval-read: the .key.json that was made with the page.")
+_VOTES = flags.DEFINE_list("votes", [], "For human-eval-read: the files that annotators saved, one of each.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, ["float32", "bfloat16", "float16"], "For export: of the tensors; the run's own."
 )
@@ -85,6 +102,10 @@ class Command:
   run: Callable[[outside.Run], None]
 
 
+def _lm_eval(run: outside.Run) -> None:
+  nlp.run(run.finished(run.model), run.settings, run.mesh, run.tasks)
+
+
 COMMANDS = {
   "export alpaca-eval": Command(
     "answer prompts, for the package alpaca_eval: --model=m2 --prompts=FILE --out=FILE",
@@ -101,6 +122,9 @@ COMMANDS = {
     ("model", "prompts"),
     mt_bench.evaluate,
   ),
+  "evaluate lm-eval": Command(
+    "the paper's NLP benchmarks by lm-eval: --model=m2 [--tasks=NAME,…]", ("model",), _lm_eval
+  ),
 }
 
 
@@ -112,6 +136,9 @@ def usage() -> str:
     "plan": "compile every program for a TPU slice, without one: --topology=v5p:4x4x4, auto or auto:v5p",
     "export": "write one model as a Hugging Face folder: --model=m3 --out=FOLDER",
     "reward": "a judge's agreement with people's ranks: --model=m3 [--rubric=NAME] [--trees=FILE] [--out=FILE]",
+    "compare": "write a page about several runs side by side: --runs=runs/a,runs/b --out=compare.html",
+    "human-eval": "write a blind page for annotators: --model=m2 --against=m1 --items=50 --out=page.html",
+    "human-eval-read": "what they chose: --key=page.key.json --votes=a.json,b.json [--workdir=FOLDER, for the report]",
     **steps.STAGES,
     **{words: command.what for words, command in COMMANDS.items()},
   }
@@ -211,7 +238,9 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
   paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
   cache = steps.endpoint_cache(settings, workdir)
   with jax.set_mesh(sampling):
-    COMMANDS[words].run(outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache))
+    COMMANDS[words].run(
+      outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache, tuple(_TASKS.value))
+    )
 
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
@@ -244,6 +273,62 @@ def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str
     logger.info("wrote %s", path)
 
 
+def compare(folders: Sequence[str], out: str) -> None:
+  """Writes a page about the runs in these work directories, and its Markdown beside it."""
+  if not out.endswith(".html"):
+    raise ValueError(f"--out={out}: the page's name must end with .html; its Markdown is written beside it.")
+  page = _absolute(out)
+  names = [folder.rstrip("/") for folder in folders]
+  found = comparison.compare([comparison.read(_absolute(name), name) for name in names])
+  page.parent.mkdir(parents=True, exist_ok=True)
+  artifacts.write_whole(page, comparison.html(found))
+  artifacts.write_whole(page.with_suffix(".md"), comparison.markdown(found))
+  logger.info("compared %s: %s", ", ".join(names), page)
+
+
+def human_page(
+  settings: config_dict.ConfigDict, workdir: epath.Path, names: tuple[str, str], count: int, out: epath.Path
+) -> None:
+  """Writes a blind page with two models' first answers to held-out instructions, and its key beside it."""
+  made = steps.artifacts_of(steps.plan(settings, workdir, mesh_lib.make_mesh(**settings.mesh)), workdir)
+  done = {folder.removeprefix("eval/"): one for folder, one in made.items() if folder.startswith("eval/") and one.done}
+  for name in names:
+    if name not in done:
+      raise artifacts.unknown(name, list(done), "model that this work directory has evaluated")
+  if len(set(names)) < len(names):
+    raise ValueError(f"--model and --against are both {names[0]}: name two models.")
+  place = out.with_suffix(".key.json")
+  for path in (out, place):
+    if path.exists():  # Votes on an older page would lose their key.
+      raise ValueError(f"{path} is there already: choose another --out, or delete the page and its key.")
+  ours, theirs = (
+    [one for one in done[name].read_shards("answers", records.Response) if one.sample == 0] for name in names
+  )
+  if not distributed.writes():
+    return
+  digests = {name: done[name].digest() for name in names}
+  page, key = human_eval.make(grading.align(ours, theirs), names, digests, count, secrets.randbits(48))
+  out.parent.mkdir(parents=True, exist_ok=True)
+  artifacts.write_whole(place, key.model_dump_json(indent=1))
+  artifacts.write_whole(out, page)
+  logger.info("wrote %s, %d instructions: give it to the annotators", out, len(key.items))
+  logger.info("wrote %s: it says which side is whose; keep it from them, and give it to human-eval-read", place)
+
+
+def human_result(key_path: epath.Path, votes: Sequence[epath.Path], workdir: epath.Path | None) -> None:
+  """Prints what the annotators chose, and writes it into the work directory, if given, where the report finds it."""
+  key = human_eval.read_key(key_path)
+  found = human_eval.aggregate(key, human_eval.read_ballots(votes, key))
+  print(tables.markdown(human_eval.result_table(found, "human", f"{key.model} over {key.against}")))
+  print(tables.markdown(human_eval.annotators_table(found, "annotators")))
+  if workdir:
+    out = artifacts.Artifact(workdir / "analysis" / f"human-{key.model}-{key.against}", {}, {})
+    out.folder.mkdir(parents=True, exist_ok=True)
+    out.write("human.json", json.dumps(found, indent=1, ensure_ascii=False))
+    out.commit(found)
+    logger.info("wrote %s; `srlm report` shows it", out.folder)
+
+
 def _absolute(folder: str) -> epath.Path:
   """The folder's whole path: Orbax takes no other."""
   path = epath.Path(folder)
@@ -267,12 +352,25 @@ def main(argv: Sequence[str]) -> None:
   second = {words.split()[0] for words in COMMANDS}
   if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
     raise app.UsageError(f"exactly one stage is wanted, got {stage or 'none'}.")
-  valid = ["all", "stages", "plan", "export", "reward", *steps.STAGES, *COMMANDS]
+  valid = [
+    "all",
+    "stages",
+    "plan",
+    "export",
+    "reward",
+    "compare",
+    "human-eval",
+    "human-eval-read",
+    *steps.STAGES,
+    *COMMANDS,
+  ]
   if stage not in valid:
     raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
-  if _CONFIG.value is None:
+  if stage == "compare" and not (_RUNS.value and _OUT.value):
+    raise app.UsageError("compare needs --runs, work directories with commas between, and --out, the page to write.")
+  if _CONFIG.value is None and stage not in ("compare", "human-eval-read"):
     raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
-  if _WORKDIR.value is None and stage not in ("stages", "plan"):
+  if _WORKDIR.value is None and stage not in ("stages", "plan", "compare", "human-eval-read"):
     raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
     raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
@@ -283,6 +381,10 @@ def main(argv: Sequence[str]) -> None:
   missing = [f"--{name}" for name in COMMANDS[stage].needs if not flags.FLAGS[name].value] if stage in COMMANDS else []
   if missing:
     raise app.UsageError(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
+  if stage == "human-eval" and not (_MODEL.value and _AGAINST.value and _OUT.value):
+    raise app.UsageError("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
+  if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
+    raise app.UsageError("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -297,14 +399,20 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
   try:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
-    if workdir is None or stage == "stages":
+    if stage == "compare" and _OUT.value:
+      compare(_RUNS.value, _OUT.value)
+    elif stage == "human-eval-read":
+      human_result(_absolute(_KEY.value or ""), [_absolute(path) for path in _VOTES.value], workdir)
+    elif workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
     elif stage in COMMANDS:
       measure(_CONFIG.value, workdir, stage)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
-    elif stage == "reward":
+    elif stage == "reward" and _MODEL.value:
       show_reward(_CONFIG.value, workdir, _MODEL.value)
+    elif stage == "human-eval" and _MODEL.value and _AGAINST.value and _OUT.value:
+      human_page(_CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _ITEMS.value, _absolute(_OUT.value))
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

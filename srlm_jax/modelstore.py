@@ -26,9 +26,11 @@ from srlm_jax import (
   tokenizer,
 )
 
+CANDIDATES = "candidates"  # Folder of the checkpoints among which a training chooses, below its own.
+
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
-  """Writes weights and tokenizer into an artifact and commits it; the states of its training are deleted."""
+  """Writes weights and tokenizer into an artifact and commits it; states and candidates of its training are deleted."""
   checkpoint.save_model(out.folder, model)
   distributed.first("save the tokenizer", lambda: words.save(out.folder / "tokenizer"))
   out.write("golden.json", json.dumps(words.golden(), indent=1))
@@ -38,9 +40,9 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   out.write("fingerprints.json", json.dumps(checkpoint.fingerprints(model), indent=1))
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
   out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("tokenizer",))
-  states = out.folder / "states"
-  if distributed.writes() and states.exists():  # Last: until the commit a stopped run goes on from them.
-    states.rmtree()
+  for folder in (out.folder / "states", out.folder / CANDIDATES):
+    if distributed.writes() and folder.exists():  # Last: until the commit a stopped run goes on from them.
+      folder.rmtree()
 
 
 def load_tokenizer(artifact: artifacts.Artifact) -> tokenizer.Tokenizer:
@@ -114,10 +116,8 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
   return rollout.Speaker(engine, words, settings.chat, settings.model.max_length)
 
 
-def _generators(
-  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
-) -> Callable[[sampling.Sampling, int], generator.Generator]:
-  """Gives generators of one model.
+def in_use(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> llama.Llama:
+  """The model of an artifact with its kernels in the type that they are used in, on a mesh that may be sampling's own.
 
   It is read and cast where it takes least room, in parts on the mesh of training: all processes together read it once,
   and no device ever holds more than its part of the stored weights and of the used ones.
@@ -129,6 +129,14 @@ def _generators(
       model = _cast(model, settings.model.dtype)
     if mesh != training:
       model = mesh_lib.moved(model, mesh)
+  return model
+
+
+def _generators(
+  artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, words: tokenizer.Tokenizer
+) -> Callable[[sampling.Sampling, int], generator.Generator]:
+  """Gives generators of one model."""
+  model = in_use(artifact, settings, mesh)
   rows, seed = settings.generation.rows, settings.seed
   return lambda how, limit: generator.Generator(model, words.eos_id, how, rows, limit, seed, words.decode)
 

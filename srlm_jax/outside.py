@@ -32,6 +32,7 @@ class Run:
     model: the name of the one that is measured.
     files: those that the command line names: "prompts", "references", "out".
     cache: the folder in which an endpoint's replies are kept.
+    tasks: of lm-eval, that the command line names.
   """
 
   settings: config_dict.ConfigDict
@@ -41,6 +42,7 @@ class Run:
   model: str
   files: Mapping[str, epath.Path]
   cache: epath.Path
+  tasks: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     for flag, path in self.read.items():

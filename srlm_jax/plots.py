@@ -6,6 +6,7 @@ figures are our own labels and the names of models; nothing that a model wrote g
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import io
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,9 @@ from cycler import cycler
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+import numpy as np
 
 # Each stands for a CSS variable; the page has their values for light and dark.
 _INK, _LINE = "#111213", "#d1d2d3"
@@ -200,6 +204,65 @@ def calibration(found: Sequence[tuple[str, Sequence[tuple[float, float, int]]]],
   return _drawn(len(found), draw, width=_row_width(len(found)))
 
 
+def strata(panels: Sequence[tuple[str, Sequence[str], Mapping[str, Sequence[Mapping[str, Any] | None]]]]) -> str:
+  """Shares with intervals, stratum below stratum; a panel is (title, strata, {model: an estimate or None for each})."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, names, models) in zip(axes, panels, strict=True):
+      for index, (model, found) in enumerate(models.items()):
+        colour, offset = _SERIES[index % len(_SERIES)], (index - (len(models) - 1) / 2) * 0.7 / len(models)
+        known = [(place + offset, one) for place, one in enumerate(found) if one and one["value"] is not None]
+        for place, one in known:
+          if one["low"] is not None:
+            axis.plot([100 * one["low"], 100 * one["high"]], [place, place], color=colour, linewidth=1.6, alpha=0.55)
+        values = [100 * one["value"] for _, one in known]
+        axis.plot(values, [place for place, _ in known], "o", color=colour, markersize=3.5, label=model)
+      axis.axvline(0, color=_INK, linewidth=0.6)
+      axis.set_yticks(range(len(names)), names)
+      axis.set_ylim(len(names) - 0.4, -0.6)
+      axis.grid(visible=True, axis="x")
+      axis.set_title(title)
+    axes[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4)
+
+  rows = max((len(names) for _, names, _ in panels), default=1)
+  return _drawn(len(panels), draw, height=0.9 + 0.24 * max(rows, 4))
+
+
+Points = Mapping[str, Sequence[tuple[float, float]]]  # Kind → places in the plane.
+
+
+def read_points(text: str) -> dict[str, list[tuple[float, float]]]:
+  """The points of a map.json, by kind."""
+  found: dict[str, list[tuple[float, float]]] = {}
+  for kind, x, y in json.loads(text)["points"]:
+    found.setdefault(kind, []).append((x, y))
+  return found
+
+
+def points(found: Points) -> str:
+  """A map: a dot for each text, one colour for each kind; its axes mean nothing and have no figures."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    axis = axes[0]
+    for index, (kind, places) in enumerate(found.items()):
+      colour = _SERIES[index % len(_SERIES)]
+      # One path of lines without length, whose round ends are the dots: a tenth of what a marker each would take.
+      path = Path(np.repeat(np.asarray(places, float), 2, axis=0), np.tile([Path.MOVETO, Path.LINETO], len(places)))
+      path.should_simplify = False  # That would take away lines without length.
+      dots = PathPatch(path, edgecolor=colour, facecolor="none", linewidth=2.4, capstyle="round", alpha=0.6)
+      axis.add_patch(dots)
+      axis.plot([], [], "o", color=colour, markersize=5, label=f"{kind} ({len(places):,})")
+    axis.autoscale_view()
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.grid(visible=False)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+  return _drawn(1, draw, width=7.5, height=5.2)
+
+
 def lengths(names: Sequence[str], characters: Sequence[Mapping[str, float]]) -> str:
   """Mean, median and 90th percentile of the answers' lengths, model by model."""
 
@@ -213,6 +276,22 @@ def lengths(names: Sequence[str], characters: Sequence[Mapping[str, float]]) -> 
     axes[0].legend(ncols=3, loc="lower right")
 
   return _drawn(1, draw, width=5.5)
+
+
+def trends(names: Sequence[str], panels: Sequence[tuple[str, float, Sequence[float | None]]]) -> str:
+  """Figures from model to model; panels are (title, scale, a value for each name or None)."""
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, scale, values) in zip(axes, panels, strict=True):
+      known = [(place, scale * value) for place, value in enumerate(values) if value is not None]
+      axis.plot(*zip(*known, strict=True), "o-", color=_SERIES[0], markersize=4)
+      axis.set_xticks(range(len(names)), names)
+      axis.set_xlim(-0.5, len(names) - 0.5)
+      axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+      axis.set_title(title)
+      axis.tick_params(axis="x", labelsize=7.5)
+
+  return _drawn(len(panels), draw, height=1.9, across=3)
 
 
 def _lines(axis: Axes, runs: Mapping[str, Series], columns: Mapping[str, str], title: str) -> None:
@@ -250,6 +329,52 @@ def dpo(runs: Mapping[str, Series]) -> str:
     axes[3].legend()
 
   return _drawn(4, draw)
+
+
+def checkpoints(runs: Mapping[str, tuple[Sequence[int], Sequence[Mapping[str, Any]], int]]) -> str:
+  """Wins minus losses of each checkpoint against the one before it, in per cent; a ring marks the one that was kept.
+
+  Args:
+    runs: (steps, estimates, step of the one kept) by the name of the model.
+  """
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (name, (steps, nets, kept)) in zip(axes, runs.items(), strict=True):
+      known = [(step, net) for step, net in zip(steps, nets, strict=True) if net["value"] is not None]
+      for step, net in known:
+        if net["low"] is not None:
+          axis.plot([step, step], [100 * net["low"], 100 * net["high"]], color=_SERIES[0], linewidth=2.2, alpha=0.55)
+      axis.plot([step for step, _ in known], [100 * net["value"] for _, net in known], "o-", color=_SERIES[0])
+      chosen = [(step, 100 * net["value"]) for step, net in known if step == kept]
+      axis.plot([x for x, _ in chosen], [y for _, y in chosen], "o", color=_SERIES[1], fillstyle="none", markersize=11)
+      axis.axhline(0, color=_INK, linewidth=0.8)
+      axis.set_title(f"{name}: win − loss, %")
+      axis.set_xlabel("step")
+      axis.set_xlim(0, 1.08 * max(steps))
+
+  return _drawn(len(runs), draw, width=_row_width(len(runs)))
+
+
+def overlaid(panels: Sequence[tuple[str, str, Sequence[Series | None]]]) -> str:
+  """One column of several runs over their steps; panels are (title, column, the runs, None where one has no such).
+
+  A run's colour is that of its place, with broken strokes from the seventh on: the page says whose it is, since the
+  names of runs are not our own texts.
+  """
+
+  def draw(axes: Sequence[Axes]) -> None:
+    for axis, (title, column, runs) in zip(axes, panels, strict=True):
+      for place, run in enumerate(runs):
+        if run:
+          stroke = "-" if place < len(_SERIES) else "--"
+          axis.plot(run["step"], run[column], stroke, color=_SERIES[place % len(_SERIES)], alpha=0.85)
+      axis.set_title(title)
+      axis.set_xlabel("step")
+      axis.margins(x=0.01)
+      if column == "loss":
+        axis.set_ylim(bottom=0)
+
+  return _drawn(len(panels), draw, width=_row_width(len(panels)))
 
 
 def smooth(rows: Iterable[Mapping[str, float]], points: int = 150) -> dict[str, list[float]]:

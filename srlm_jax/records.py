@@ -102,6 +102,31 @@ class Duel(Record):
   verdicts: tuple[str, ...] = ()
 
 
+class Probe(Record):
+  """A response that is put before a judge in order to watch the judge; its judgement's prompt_id is this id."""
+
+  id: str
+  name: str
+  kind: str
+  prompt_id: str
+  prompt: str
+  text: str
+
+
+class PromptClass(Record):
+  """What an evaluation prompt asks for (paper §3.2, fine-grained): all three fields, or none where unreadable.
+
+  `text` is what the judge wrote, and `reason` why nothing was read from it; both are "" where no judge was asked.
+  """
+
+  prompt_id: str
+  category: str | None
+  complexity: int | None  # 1 … 10.
+  length: str | None  # How long a good answer is expected to be.
+  text: str = ""
+  reason: str = ""  # "", "unfinished", "too_long", "no_category", "no_complexity" or "no_length".
+
+
 class PreferencePair(Record):
   """Best against worst response of a prompt (paper §2.4), as sampled token ids."""
 

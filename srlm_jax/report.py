@@ -6,11 +6,9 @@ Everything that a model or a person wrote is escaped by the template; nothing is
 from collections.abc import Mapping, Sequence
 import dataclasses
 import datetime
-import importlib.resources
 import json
 from typing import Any
 
-import jinja2
 from ml_collections import config_dict
 
 from srlm_jax import (
@@ -19,11 +17,16 @@ from srlm_jax import (
   diagnostics,
   excerpts,
   findings,
+  finegrained,
   lineage,
+  nlp_results,
   outside,
+  oversight,
+  pages,
   paper,
   plots,
   records,
+  selection,
   tables,
   world,
 )
@@ -33,7 +36,7 @@ Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifac
 
 # Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
 UNSTATED = (
-  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap"),
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors.", "nlp."),
   *(
     f"{stage}.{key}"
     for stage in ("sft", "dpo")
@@ -41,13 +44,15 @@ UNSTATED = (
   ),
   *("dpo.decay", "eft.by", "eft.ties", "eft.attempts", "eft.max_share", "eft.max_examples"),
   *("prompts.count", "prompts.max_proposals", "prompts.chat", "judge.min_votes", "evaluate.samples", "mt_bench."),
+  "analysis.",
   *(
     f"{stage}.sampling.{key}" for stage in ("prompts", "responses", "judge", "evaluate") for key in ("max_new", "stop")
   ),
+  *("select.judge", "select.patience", "select.pairwise", "select.sampling.", "select.verdict."),
 )
 MACHINE = (
   *("seed", "mesh.", "generation.", "server.", "endpoint.", "tokenizer"),
-  *("base.path", "prompts.path", "prompts.per_round", "alpaca_eval.url"),
+  *("base.path", "prompts.path", "prompts.per_round", "select.path", "alpaca_eval.url"),
   *(f"model.{key}" for key in ("dtype", "param_dtype", "remat", "logits_chunk", "attention")),
   *(f"{stage}.{key}" for stage in ("pretrain", "sft", "dpo") for key in ("accumulate", "moments")),
   *(f"data.{key}" for key in ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")),
@@ -64,13 +69,14 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """A part of the report with its own anchor."""
+  """A part of a page with its own anchor; small tables stand `together` in one line where there is room."""
 
   name: str
   title: str
   text: str = ""
   tables: tuple[Table, ...] = ()
   plots: tuple[Plot, ...] = ()
+  together: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +269,10 @@ def _judging(measured: findings.Measured) -> Section:
 
 
 def _outside(finished: Finished) -> tuple[Section, ...]:
-  """Benchmarks from outside, where any was run."""
-  found = tuple(outside.report_tables(finished))
-  return (Section("outside", "Benchmarks from outside", tables=found),) if found else ()
+  """The benchmarks that other programs bring, if any was run."""
+  found = (*outside.report_tables(finished), *nlp_results.report_tables(finished))
+  text = "What the models can do on benchmarks that other programs bring."
+  return (Section("outside", "Benchmarks from outside", text, found),) if found else ()
 
 
 def _training(finished: Finished) -> Section:
@@ -275,6 +282,27 @@ def _training(finished: Finished) -> Section:
   drawn = [Plot(plots.sft(plain), "Pretraining and supervised fine-tuning.")] if plain else []
   drawn += [Plot(plots.dpo(preferred), "DPO, averaged over windows of steps.")] if preferred else []
   return Section("training", "Training", plots=tuple(drawn))
+
+
+def _checkpoints(finished: Finished) -> tuple[Section, ...]:
+  """How checkpoints were chosen among; nothing where no model was chosen so."""
+  facts = {lineage.label(name): artifact.manifest()["facts"] for name, artifact in finished.items()}
+  found = {name: one["selection"] for name, one in facts.items() if "selection" in one}
+  if not found:
+    return ()
+  runs = {
+    name: ([trial["step"] for trial in one["curve"]], [trial["net"] for trial in one["curve"]], one["chosen"])
+    for name, one in found.items()
+  }
+  text = " ".join(
+    [
+      "At each checkpoint the model answers the validation prompts, and a judge compares its answers with those of the "
+      "checkpoint before it; step 0 is the model where training started.",
+      *selection.sentences(found),
+    ]
+  )
+  shown = Plot(plots.checkpoints(runs), "Against the checkpoint before, with 95 % intervals. A ring: the model.")
+  return (Section("selection", "Choice of checkpoints", text, (selection.table(found),), (shown,)),)
 
 
 def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float, float], votes: int) -> Section:
@@ -295,6 +323,22 @@ def _aift(rounds: Sequence[diagnostics.Round], oracle: bool, scale: tuple[float,
   return Section("aift", "Self-made preference data", text, tuple(found), tuple(drawn))
 
 
+def _monitors(watched: oversight.Oversight) -> Section:
+  drawn = (Plot(watched.svg, "The main figures, model by model."),) if watched.svg else ()
+  text = (
+    "Signs that a run games its judge, loses its variety or its manners. What is beyond its threshold warns at the top."
+  )
+  return Section("monitors", "Monitors", text, watched.tables, drawn)
+
+
+def _finegrained(finished: Finished) -> list[Section]:
+  """The closer looks that are there: by category, the map of the prompts, human evaluations."""
+  return [
+    Section(part.name, part.title, part.text, part.tables, tuple(Plot(*drawn) for drawn in part.plots))
+    for part in finegrained.parts(finished)
+  ]
+
+
 def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Sequence[str], run_name: str) -> Report:
   """Everything that the report of the run `run_name` shows; `missing` are the steps that are not done yet."""
   oracle = settings.evaluate.grader == "oracle"
@@ -309,13 +353,17 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   }
   judged = next(iter(measured.values()))["judge"]["metrics"]["unreadable"]["count"] if measured else None
   counts = (diagnostics.sizes_table(finished, judged), *diagnostics.counts_tables(finished))
+  watched = oversight.collect(finished, measured, rounds, centres[-1], settings.monitors.warn)
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
     *_outside(finished),
+    *_finegrained(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
+    _monitors(watched),
     _training(finished),
-    Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts),
+    *_checkpoints(finished),
+    Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts, together=True),
     Section("settings", "Deviations from the paper", tables=(deviations_table(settings),)),
   )
   claims = (Section("findings", "Findings", tables=(findings.claims_table(measured),)),) if len(measured) > 1 else ()
@@ -323,7 +371,8 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   for name, artifact in evaluations.items():
     judgements = diagnostics.first_shard(artifact, "judgements", records.Judgement)
     unreadable += excerpts.unreadable(f"{lineage.label(name)} on held-out replies", judgements, 2)
-  warnings = [*lineage.stale(finished), *([f"Not done yet: {', '.join(missing)}."] if missing else [])]
+  unfinished = [f"Not done yet: {', '.join(missing)}."] if missing else []
+  warnings = [*lineage.stale(finished), *unfinished, *watched.warnings]
   return Report(
     title=f"Self-rewarding run: {run_name}",
     facts=run_facts(finished, settings, len(finished) + len(missing)),
@@ -344,11 +393,17 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
 
 def html(report: Report) -> str:
   """The page: self-contained, all texts escaped; only our own SVG is put in as it is."""
-  source = importlib.resources.files("srlm_jax").joinpath("report.html.jinja").read_text(encoding="utf-8")
-  environment = jinja2.Environment(
-    autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-  )
-  return environment.from_string(source).render(report=report, source=paper.SOURCE, label=lineage.label)
+  return pages.render("report.html.jinja", report=report, source=paper.SOURCE, label=lineage.label)
+
+
+def sections_markdown(sections: Sequence[Section]) -> list[str]:
+  """The tables of some sections in Markdown, under their heads; a section without tables is left out."""
+  parts = []
+  for section in sections:
+    if section.tables:
+      parts += [f"## {section.title}", section.text] if section.text else [f"## {section.title}"]
+      parts += [tables.markdown(table) for table in section.tables]
+  return parts
 
 
 def markdown(report: Report) -> str:
@@ -357,11 +412,8 @@ def markdown(report: Report) -> str:
   parts += [f"> {tables.escaped(warning)}" for warning in report.warnings]
   parts.append("\n".join(f"- {tables.escaped(f'{what}: {value}')}" for what, value in report.facts))
   parts.append("\n".join(f"- {tables.escaped(sentence)}" for sentence in report.summary))
-  for section in report.sections:
-    if section.tables:
-      parts += [f"## {section.title}", section.text] if section.text else [f"## {section.title}"]
-      parts += [tables.markdown(table) for table in section.tables]
   parts += [
+    *sections_markdown(report.sections),
     "## Lineage",
     f"```\n{report.tree}\n```",
     tables.markdown(report.models),

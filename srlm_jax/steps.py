@@ -11,8 +11,37 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, chat, config as config_lib, endpoint, mesh as mesh_lib, service, templates
-from srlm_jax.stages import base, dpo, eft, evaluate, judge, pairs, prompts, report, responses, seed, sft, world
+from srlm_jax import (
+  artifacts,
+  chat,
+  classes,
+  config as config_lib,
+  early_stopping,
+  endpoint,
+  mesh as mesh_lib,
+  safety,
+  service,
+  templates,
+)
+from srlm_jax.stages import (
+  analyse,
+  base,
+  canaries,
+  classify,
+  dpo,
+  eft,
+  embed,
+  evaluate,
+  judge,
+  pairs,
+  prompts,
+  report,
+  responses,
+  safety as safety_stage,
+  seed,
+  sft,
+  world,
+)
 
 DATA = ("trees", "heldout_trees", "eval_prompts", "judgements", "pretrain")  # Settings of `data` that name files.
 
@@ -28,11 +57,31 @@ STAGES = {
   "pairs": "best against worst answer, with the reference's log-probs",
   "dpo": "M_{t+1} by DPO of M_t on the pairs",
   "evaluate": "both skills of a model on held-out data",
+  "canaries": "what a model falls for as a judge",
+  "safety": "a model's answers to your own prompts (monitors.prompts): refused, or helping with harm",
+  "classify": "what each evaluation prompt asks for: category, complexity, expected length",
+  "analyse": "each model's duels and lengths by category, complexity and expected length",
+  "embed": "the map of IFT, EFT and AIFT prompts",
   "report": "one page with everything",
 }
 
 
-SAMPLING = ("eft", "prompts", "responses", "judge", "evaluate")  # Stages that generate.
+SAMPLING = (
+  "eft",
+  "prompts",
+  "responses",
+  "judge",
+  "evaluate",
+  "canaries",
+  "safety",
+  "classify",
+)  # Stages that generate.
+
+# Of these settings the choice among checkpoints depends, beside those of training and of the seed data.
+SELECT = (
+  *("select.judge", "select.every", "select.patience", "select.pairwise", "select.sampling", "select.verdict"),
+  *("chat", "generation.shard"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +123,25 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
     "judge.rubric": templates.load_rubric(settings.judge.rubric).digest,
     "evaluate.pairwise": templates.load_pairwise(settings.evaluate.pairwise).digest,
     "prompts.few_shot": templates.few_shot_digest(),
+    "select.pairwise": templates.load_pairwise(settings.select.pairwise).digest,
+    "monitors.rubric": templates.load_rubric(settings.monitors.rubric).digest,
+    "monitors.refusals": safety.load_openings(settings.monitors.refusals).digest,
   }
+  watched = resolve(settings.monitors.prompts, workdir)
+  if watched and watched.exists():
+    found["monitors.prompts"] = artifacts.file_sha256(watched)
+  if settings.analysis.classes:
+    found["analysis.classes"] = classes.load_template(settings.analysis.classes).digest
+  vectors = resolve(settings.analysis.vectors, workdir)
+  if vectors and vectors.exists():
+    found["analysis.vectors"] = artifacts.file_sha256(vectors)
   for name in DATA:
     path = resolve(settings.data[name], workdir)
     if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
       found[f"data.{name}"] = artifacts.file_sha256(path)
+  path = resolve(settings.select.path, workdir)
+  if path and not settings.select.path.startswith("world/") and path.exists():
+    found["select.path"] = artifacts.file_sha256(path)
   return found
 
 
@@ -97,16 +160,22 @@ def check_start(
     "data.trees": "seed" in stages,
     "data.heldout_trees": "seed" in stages and c.data.heldout_trees,
     "data.eval_prompts": "seed" in stages and c.data.eval_prompts,
+    "select.path": "seed" in stages and c.select.path and c.select.judge != "none",
     "data.judgements": "eft" in stages and c.eft.writer == "annotators",
+    "monitors.prompts": "safety" in stages,
+    "analysis.vectors": "embed" in stages and c.analysis.vectors,
   }
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
     path = resolve(value, workdir)
     if path is None:
-      raise ValueError(f"{key} is not set: give --config.{key}=PATH.")
+      both = key == "prompts.path" and c.select.judge == "writer"
+      other = " Its model judges checkpoints, too (select.judge; 'none' makes no choice among them)." if both else ""
+      raise ValueError(f"{key} is not set: give --config.{key}=PATH.{other}")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
-  if c.evaluate.grader == "endpoint" and "evaluate" in stages:  # Both raise for what they cannot use.
+  asks = {"evaluate": c.evaluate.grader, "sft": c.select.judge, "dpo": c.select.judge}
+  if any(asks.get(stage) == "endpoint" for stage in stages):  # Both raise for what they cannot use.
     endpoint.terms(c.endpoint)
     endpoint.check_local(endpoint_cache(c, workdir))
   pretrains = c.base.kind == "pretrain" and "m0" in folders
@@ -167,6 +236,14 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     raise ValueError(f"models={settings.models}: at least 1, M1.")
   if settings.evaluate.grader == "oracle" and not settings.world.enabled:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge', 'endpoint' or 'none'.")
+  select = settings.select
+  if select.judge == "oracle" and not settings.world.enabled:
+    raise ValueError("select.judge='oracle' judges the tiny world alone: use 'writer', 'endpoint' or 'none'.")
+  if min(select.every, select.prompts, select.patience) < 1:
+    raise ValueError(
+      f"select.every={select.every}, select.prompts={select.prompts}, select.patience={select.patience}: each must be "
+      "at least 1; select.judge='none' makes no choice among checkpoints."
+    )
   if settings.responses.sampling.stop:
     raise ValueError(
       f"responses.sampling.stop={settings.responses.sampling.stop}: answers that a string ends have no end token, and "
@@ -174,6 +251,8 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     )
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
+  if settings.monitors.canary_prompts < 0:
+    raise ValueError(f"monitors.canary_prompts={settings.monitors.canary_prompts}: 0 for none, or a number of prompts.")
   if settings.server.url:
     config_lib.frozen(service.Service, settings.server)  # Raises for what it cannot use.
     if settings.judge.method == "expected":
@@ -194,6 +273,7 @@ class _Plan:
     self.steps: list[Step] = []
     self.world = {"world": "world"} if settings.world.enabled else {}
     self.where = {name: resolve(settings.data[name], workdir) for name in DATA}
+    self.where["validation"] = resolve(settings.select.path, workdir)
     self.read = read_files(settings, workdir)
 
   def add(
@@ -204,7 +284,8 @@ class _Plan:
       for setting, digest in self.read.items()
       if any(setting == key or setting.startswith(f"{key}.") for key in keys)
     }
-    if self.settings.server.url and stage in SAMPLING and (stage != "eft" or self.settings.eft.writer == "baseline"):
+    asks = stage in SAMPLING and (stage != "eft" or self.settings.eft.writer == "baseline")
+    if self.settings.server.url and (asks or "judge" in inputs):
       read["server"] = "yes"  # Its texts are others than our own sampler's.
     self.steps.append(Step(folder, stage, subset(self.settings, keys) | read, dict(inputs), run, self.mesh_of(stage)))
 
@@ -214,6 +295,33 @@ class _Plan:
   def call(self, run: Callable[..., None], settings: config_dict.ConfigDict | None = None) -> Callable[..., None]:
     stage = run.__module__.rpartition(".")[2]
     return functools.partial(run, settings=settings or self.settings, mesh=self.mesh_of(stage))
+
+  def train(
+    self, folder: str, stage: str, keys: tuple[str, ...], inputs: Mapping[str, str], run: Callable[..., None]
+  ) -> None:
+    """Adds a step that trains and, unless that is off, chooses among its checkpoints (paper §3.1.2)."""
+    c, work = self.settings, self.call(run)
+    if c.select.judge != "none":
+      keys, inputs = (*keys, *SELECT), {**inputs, "seed": "seed"}
+      if c.select.judge == "endpoint":
+        keys += ("endpoint.url", "endpoint.model")
+      elif c.select.judge != "oracle":
+        inputs["judge"] = self.referee(folder, inputs["parent"])
+      where = early_stopping.Where(sampling_mesh(c, self.mesh), endpoint_cache(c, self.workdir))
+      work = functools.partial(work, where=where)
+    self.add(folder, stage, keys, inputs, work)
+
+  def referee(self, folder: str, parent: str) -> str:
+    """The folder of the model that compares the checkpoints of a training."""
+    name = self.settings.select.judge
+    if name == "writer":
+      return self.fixed_writer()
+    models = [step.folder for step in self.steps if step.stage in ("base", "sft", "dpo")]
+    if name not in ("parent", *models):
+      raise artifacts.unknown(
+        name, ["none", "oracle", "endpoint", "writer", "parent", *models], f"select.judge of {folder}"
+      )
+    return parent if name == "parent" else name
 
   def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:
     tokenizer, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)
@@ -230,8 +338,9 @@ class _Plan:
     if c.world.enabled:
       self.add("world", "world", ("world", "judge.rubric"), {}, functools.partial(world.run, settings=c))
     self.base_model("m0", c)
-    self.add("seed", "seed", ("data",), self.world, functools.partial(seed.run, settings=c, where=self.where))
-    self.add("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, self.call(sft.run))
+    of = ("data", *(("select.prompts", "select.path") if c.select.judge != "none" else ()))
+    self.add("seed", "seed", of, self.world, functools.partial(seed.run, settings=c, where=self.where))
+    self.train("baseline", "sft", keys, {"parent": "m0", "seed": "seed"}, sft.run)
     self.evaluation("baseline", [])
     inputs = {"parent": "m0", "seed": "seed"}
     if c.eft.enabled:
@@ -239,7 +348,7 @@ class _Plan:
       run = functools.partial(self.call(eft.run), where=self.where)
       self.add("eft", "eft", ("eft", "judge", "chat", "data.judgements", "generation.shard"), sources, run)
       inputs["eft"] = "eft"
-    self.add("m1", "sft", keys, inputs, self.call(sft.run))
+    self.train("m1", "sft", keys, inputs, sft.run)
     self.evaluation("m1", ["baseline"])
 
   def iteration(self, index: int) -> None:
@@ -264,26 +373,23 @@ class _Plan:
     if c.dpo.method == "positive_only":
       eft_input = {"eft": "eft"} if c.eft.enabled else {}
       inputs = {"parent": "m0", "seed": "seed", **eft_input, **scored}
-      self.add(
-        f"m{index}",
-        "dpo",
-        ("sft", "dpo.method", "judge.rubric", "chat", "model"),
-        inputs,
-        self.call(dpo.run_positive_only),
-      )
+      keys = ("sft", "dpo.method", "judge.rubric", "chat", "model")
+      self.train(f"m{index}", "dpo", keys, inputs, dpo.run_positive_only)
       return
     references = {"previous": parent, "baseline": "baseline"}
     inputs = {"reference": references[c.dpo.reference], **scored}
     self.add(names["pairs"], "pairs", ("pairs", "dpo.batch", "chat", "model"), inputs, self.call(pairs.run))
-    self.add(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, self.call(dpo.run))
+    self.train(f"m{index}", "dpo", ("dpo", "model"), {"parent": parent, "pairs": names["pairs"]}, dpo.run)
 
   def writer(self, parent: str) -> str:
-    """The folder of the model that writes new prompts; a fixed one from outside gets its own step, once."""
-    c = self.settings
-    folders = {"fixed": "writer", "m0": "m0", "parent": parent}
-    if c.prompts.writer == "fixed":
-      self.outside_model("writer", c.prompts.path)
-    return folders[c.prompts.writer]
+    """The folder of the model that writes new prompts."""
+    kind = self.settings.prompts.writer
+    return self.fixed_writer() if kind == "fixed" else {"m0": "m0", "parent": parent}[kind]
+
+  def fixed_writer(self) -> str:
+    """The folder of the fixed model from outside."""
+    self.outside_model("writer", self.settings.prompts.path)
+    return "writer"
 
   def outside_model(self, folder: str, path: str) -> None:
     """Imports a model from outside the run, once."""
@@ -305,6 +411,9 @@ class _Plan:
       keys += ["endpoint.url", "endpoint.model"]
     run = functools.partial(self.call(evaluate.run), cache=endpoint_cache(c, self.workdir))
     self.add(f"eval/{name}", "evaluate", tuple(keys), inputs, run)
+    if c.monitors.canary_prompts:
+      sources = ("monitors.canary_prompts", "evaluate.sampling", "judge", "chat", "generation.shard")
+      self.add(f"canaries/{name}", "canaries", sources, {"model": name, "seed": "seed"}, self.call(canaries.run))
 
   def judge(self, name: str) -> str:
     """The folder of the model that decides the duels of another one; one from outside gets its own step, once."""
@@ -317,15 +426,64 @@ class _Plan:
       raise artifacts.unknown(wanted, models, f"model that is there when {name} is evaluated, nor a path with a '/'")
     return wanted
 
+  def safety(self, name: str) -> None:
+    """Watches what a model refuses and what it helps with, on a user's own prompts."""
+    c = self.settings
+    if not c.monitors.prompts:
+      return
+    keys = ("prompts", "rubric", "refusals")
+    self.add(
+      f"safety/{name}",
+      "safety",
+      (*(f"monitors.{key}" for key in keys), "evaluate.sampling", "judge", "chat", "generation.shard"),
+      {"model": name, "judge": self.judge(name)},
+      functools.partial(self.call(safety_stage.run), where=resolve(c.monitors.prompts, self.workdir)),
+    )
+
+  def analysis(self) -> None:
+    """What the paper shows beside its main figures: duels by category, and the map of all prompts (§3.2)."""
+    c, evaluated = self.settings, [step for step in self.steps if step.stage == "evaluate"]
+    if c.analysis.classes and c.evaluate.grader != "none":
+      inputs = {"seed": "seed", **({} if c.world.enabled else {"judge": self.judge("the evaluation prompts")})}
+      keys = ("world.enabled", "analysis.classes", "analysis.sampling", "chat", "generation.shard")
+      self.add("analysis/classes", "classify", keys, inputs, self.call(classify.run))
+      for step in evaluated:
+        others = {role: folder for role, folder in step.inputs.items() if role.startswith("against ")}
+        inputs = {"evaluation": step.folder, "classes": "analysis/classes", **others}
+        run = functools.partial(analyse.run, settings=c)
+        self.add(step.folder.replace("eval/", "analysis/"), "analyse", ("evaluate.grader",), inputs, run)
+    if c.analysis.points:
+      self.prompt_map()
+
+  def prompt_map(self) -> None:
+    """The map of the prompts of all iterations, in a folder named after the last one: a longer loop makes another."""
+    c, made = self.settings, {step.folder: step.stage for step in self.steps}
+    inputs = {"seed": "seed", **({"eft": "eft"} if "eft" in made else {})}
+    inputs |= {folder.partition("/")[0]: folder for folder, stage in made.items() if stage == "prompts"}
+    vectors, keys = resolve(c.analysis.vectors, self.workdir), ["analysis.points", "analysis.perplexity"]
+    name = f"analysis/map-m{c.models}"
+    if vectors:
+      name, keys = f"{name}-{vectors.stem}", [*keys, "analysis.vectors"]
+    else:
+      models = [folder for folder, stage in made.items() if stage in ("base", "sft", "dpo")]
+      if c.analysis.model not in models:
+        raise artifacts.unknown(c.analysis.model, models, "model of this run (analysis.model)")
+      inputs["model"], keys = c.analysis.model, [*keys, "analysis.model", "chat", "model"]
+    self.add(name, "embed", tuple(keys), inputs, functools.partial(self.call(embed.run), vectors=vectors))
+
 
 def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.sharding.Mesh) -> list[Step]:
   """All steps of a run, in their order; the last one is the report."""
   check_choices(settings)
   made = _Plan(settings, workdir, mesh)
   made.seed_models()
+  for name in ("baseline", "m1"):  # Behind M1, which may be the judge.
+    made.safety(name)
   for index in range(2, settings.models + 1):
     made.iteration(index)
     made.evaluation(f"m{index}", list(dict.fromkeys([f"m{index - 1}", "m1", "baseline"])))
+    made.safety(f"m{index}")
+  made.analysis()
   inputs = {step.folder: step.folder for step in made.steps}
   run = functools.partial(report.run, settings=settings, steps=made.steps)
   made.add("report", "report", (), inputs, run)

@@ -25,7 +25,7 @@ _RESPONSE = re.compile(r"<\s*(?:/\s*)?response\s*>", re.IGNORECASE)
 _CHAT = re.compile(r"\[\s*(?:/\s*)?inst\s*\]|<\s*<\s*(?:/\s*)?sys\s*>\s*>", re.IGNORECASE)
 # How common chat formats spell special tokens, for models whose tokenizer is not ours to hold.
 _SPECIAL = re.compile(
-  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*/?\s*(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
+  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*(?:/\s*)?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
   re.IGNORECASE,
 )
 _ROUND = str.maketrans("<>[]", "()()")
@@ -111,6 +111,17 @@ def _load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, float, float,
   if missing:
     raise ValueError(f"{path} lacks {' and '.join(missing)}: write it where the text belongs.")
   return text, low, high, hashlib.sha256(source.encode()).hexdigest()
+
+
+def load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, str]:
+  """Text and digest of a template with placeholders of these names, found and refused as by `load_rubric`."""
+  text, _, _, digest = _load(str(name_or_path), names)
+  return text, digest
+
+
+def fill(text: str, values: dict[str, str]) -> str:
+  """A template's text with the values, which need not be trusted, in the places of their names."""
+  return _fill(text, values)
 
 
 @dataclasses.dataclass(frozen=True)

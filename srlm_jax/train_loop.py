@@ -73,8 +73,9 @@ def train(
   seed: int,
   save_every: int,
   accumulate: int = 1,
+  until: int | None = None,
 ) -> llama.Llama:
-  """Trains for `optimizer.steps` steps and returns the model.
+  """Trains for `optimizer.steps` steps, or `until` one of them for now, and returns the model.
 
   Args:
     config: of the model.
@@ -88,7 +89,13 @@ def train(
     seed: of dropout.
     save_every: steps between two saved states.
     accumulate: parts in which a batch goes through the model, one after the other, to need less memory.
+    until: a step to stop after, with the state saved: the next call goes on from there; None: the end.
+
+  Raises:
+    FloatingPointError: the loss of a step is not finite.
+    ValueError: the saved state is of a later step than `until`, or of another model.
   """
+  last = optimizer.steps if until is None else until
   transform = train_step.optimizer(optimizer)
   abstract = abstract_state(config, optimizer, mesh)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -101,6 +108,11 @@ def train(
   else:
     init = jax.jit(functools.partial(train_step.init, transform=transform), out_shardings=shardings, donate_argnums=0)
     first, state = 0, init(start())
+  if first > last:
+    raise ValueError(
+      f"{folder / 'states'} is at step {first}, and the weights after step {last} are gone: delete {folder} to train "
+      "again."
+    )
   step_fn = jit_step(loss_fn, optimizer, shardings, accumulate)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   rates = train_step.schedule(optimizer)
@@ -111,14 +123,14 @@ def train(
     log.flush()
     pending: tuple[int, train_step.Metrics] | None = None
     said = started = time.monotonic()
-    for index in range(first, optimizer.steps):
+    for index in range(first, last):
       batch: train_step.Batch = distributed.place(dict(batches[index]), rows)
       state, metrics = step_fn(state, batch, jnp.uint32(seed))
       if pending:  # One step late, so that the device never waits for the host.
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
       pending = index + 1, metrics
       distributed.progress(f"{folder}: step {index + 1}")
-      if (index + 1) % save_every == 0 and index + 1 < optimizer.steps:
+      if ((index + 1) % save_every == 0 or index + 1 == last) and index + 1 < optimizer.steps:
         # First, so that no state is saved whose loss is no number, or whose metrics a kill would lose.
         said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
         pending = None

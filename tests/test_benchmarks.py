@@ -60,3 +60,11 @@ def test_training_is_compared_over_the_same_updates(method: str) -> None:
   found = run("training", f"--method={method}", *small)
   assert found["losses compared"] == 7 and max(found["largest loss difference"].values()) < 1e-4
   assert {"ours", "TRL"} < set(found["lines"]) and all(line["tokens/s"] > 0 for line in found["lines"].values())
+
+
+@pytest.mark.slow
+def test_training_is_measured_without_peers() -> None:
+  small = ["--model=1b", "--layers=1", "--length=32", "--batch=1", "--warm=2", "--steps=1", "--rounds=1"]
+  found = run("training", "--method=dpo", *small)
+  assert set(found["lines"]) == {"ours", "ours, with the reference's pass"}
+  assert 0 < found["lines"]["ours"]["of its peak"] < 1 and found["compilations while timed"] == 0

@@ -39,6 +39,8 @@ PAPER = [
   ("dpo.batch", 16, "§3.1.2"),
   ("dpo.beta", 0.1, "§3.1.2"),
   ("dpo.save_every", 200, "§3.1.2"),
+  ("select.every", 200, "§3.1.2: a checkpoint every 200 steps, early stopping"),
+  ("select.prompts", 253, "§3.1.2: on 253 validation prompts"),
   ("dpo.method", "dpo", "§2.4"),
   ("dpo.reference", "previous", "§2.4: M_t is the reference of M_{t+1}"),
   ("prompts.writer", "fixed", "§3.1.1: Llama 2-Chat 70B writes the new prompts in all iterations"),
@@ -103,7 +105,7 @@ def test_m1_m2_and_m3_differ_in_the_last_model_alone() -> None:
   mesh, place = mesh_lib.make_mesh(), epath.Path("w")
   plans = [{step.folder: step for step in steps.plan(get_config(f"m{index}"), place, mesh)} for index in (1, 2, 3)]
   for smaller, larger in zip(plans, plans[1:], strict=False):
-    for folder in smaller.keys() - {"report"}:
+    for folder in smaller.keys() - {"report", max(name for name in smaller if name.startswith("analysis/map-"))}:
       assert (smaller[folder].config, smaller[folder].inputs) == (larger[folder].config, larger[folder].inputs)
   assert [max(folder for folder in plan if re.fullmatch(r"m\d", folder)) for plan in plans] == ["m1", "m2", "m3"]
 
@@ -120,8 +122,11 @@ def test_every_file_builds_and_plans(name: str, variant: str) -> None:
   for section in (c.pretrain, c.sft, c.dpo):
     count = train_step.count_steps(section, 1000)
     train_step.schedule(config.frozen(train_step.OptimizerConfig, {**section, "steps": count}))
-  for section in (c.prompts, c.responses, c.judge, c.evaluate):  # Room for a prompt beside the continuation.
+  asking = () if c.world.enabled else (c.analysis,)
+  for section in (c.prompts, c.responses, c.judge, c.evaluate, *asking):  # Room for a prompt beside the continuation.
     assert sampling.Sampling(**section.sampling).max_new + 32 <= c.model.max_length
+  for how in (c.select.sampling, c.select.verdict):
+    assert c.select.judge == "none" or sampling.Sampling(**how).max_new + 32 <= c.model.max_length
 
 
 @pytest.mark.parametrize(("name", "size"), [(name, size) for name in FILES for size in llama.SIZES])
@@ -206,6 +211,9 @@ def test_the_readme_names_settings_that_exist() -> None:
     ({"dpo.reference": "m0"}, "'m0' is not a dpo.reference"),
     ({"prompts.writer": "parents"}, "'parents' is not a prompts.writer. Did you mean 'parent'?"),
     ({"evaluate.judge": "m7"}, "'m7' is not a model"),
+    ({"select.judge": "writr"}, "'writr' is not a select.judge of baseline. Did you mean 'writer'?"),
+    ({"select.judge": "oracle"}, "select.judge='oracle' judges the tiny world alone"),
+    ({"select.patience": 0}, "select.patience=0: each must be at least 1"),
   ],
 )
 def test_an_impossible_choice_is_refused_before_any_work(changes: dict[str, object], message: str) -> None:

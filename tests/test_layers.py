@@ -13,18 +13,24 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
   "data": (
-    "records templates filters metrics oasst eft pairing world world_judges world_files paper tables plots config"
+    "records templates filters metrics oasst eft pairing canaries repetition world world_judges world_files classes "
+    "strata tsne agreement paper tables human_eval selection monitors plots pages config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
-  "host": "artifacts checkpoint generator service server rollout endpoint train_loop grading pairset",
+  "host": (
+    "artifacts checkpoint generator lm_eval_model service server rollout endpoint train_loop grading safety pairset "
+    "embedding"
+  ),
   "shared by stages": (
-    "modelstore finetune lineage diagnostics findings reward excerpts outside alpaca_eval mt_bench report"
+    "modelstore early_stopping finetune lineage nlp_results nlp diagnostics findings reward oversight finegrained "
+    "excerpts outside alpaca_eval mt_bench report comparison"
   ),
   "stages": (
     "stages.world stages.base stages.seed stages.sft stages.eft stages.prompts stages.responses stages.judge "
-    "stages.pairs stages.dpo stages.evaluate stages.report"
+    "stages.pairs stages.dpo stages.evaluate stages.canaries stages.safety stages.classify stages.analyse stages.embed "
+    "stages.report"
   ),
   "run": "steps slices chips hlo hlo_cost programs plan main",
 }

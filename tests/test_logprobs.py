@@ -71,6 +71,23 @@ def test_sequences_that_share_rows_are_summed_apart(model):
   np.testing.assert_allclose(found, logprobs.sequence_logprobs(model, make_batch(EXAMPLES, 9), 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 3, 64])
+def test_continuations_are_scored_from_where_they_begin(model, chunk):
+  rows, starts = [example.tokens for example in EXAMPLES], [example.target_from for example in EXAMPLES]
+  likeliest = int(jnp.argmax(model.logits(model(jnp.array([[4]]), jnp.zeros((1, 1), int), jnp.ones((1, 1), int)))))
+  lasts = np.array([[row[-1], likeliest] for row in rows] + [[0, 0]], np.int32)  # The last row is padding.
+  lengths = np.array([*(len(row) - 1 for row in rows), 0], np.int32)
+  padded = batching.pad([row[:-1] for row in rows], 8, 4)
+  found, greedy = logprobs.continuation_scores(model, padded, np.array([*starts, 1], np.int32), lengths, lasts, chunk)
+  for row, start, pair, scores in zip(rows, starts, lasts[:3], found, strict=False):
+    expected = [numpy_sequence_logprob(model, (*row[:-1], last), start) for last in pair]
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+  np.testing.assert_array_equal(
+    greedy[2], [likeliest == 2, True]
+  )  # After its one token; the others are no greedy ones.
+  assert not greedy[:2].any() and found.dtype == jnp.float32
+
+
 def test_the_end_token_counts(model):
   whole = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11, 2), 2)], 6), 0)
   cut = logprobs.sequence_logprobs(model, make_batch([batching.Example((5, 9, 11), 2)], 6), 0)

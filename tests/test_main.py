@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import json
 import logging
 import os
 import pathlib
@@ -15,7 +16,8 @@ from etils import epath
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, config, main, modelstore, steps, templates
+from srlm_jax import artifacts, config, human_eval, main, modelstore, records, steps, templates
+from srlm_jax.stages import report as report_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f"{ROOT / 'configs' / 'tiny.py'}:smoke"
@@ -51,11 +53,12 @@ def test_stages_are_shown() -> None:
   assert found.returncode == 0, found.stderr
   rows = [re.split(r"\s{2,}", line.strip()) for line in found.stdout.splitlines()]
   assert [row[0] for row in rows] == [
-    "world", "m0", "seed", "baseline", "eval/baseline", "eft", "m1", "eval/m1", "aift1/prompts", "aift1/responses",
-    "aift1/judgements", "aift1/pairs", "m2", "eval/m2", "report",
+    "world", "m0", "seed", "baseline", "eval/baseline", "canaries/baseline", "eft", "m1", "eval/m1", "canaries/m1",
+    "aift1/prompts", "aift1/responses", "aift1/judgements", "aift1/pairs", "m2", "eval/m2", "canaries/m2",
+    "analysis/classes", "analysis/baseline", "analysis/m1", "analysis/m2", "analysis/map-m2", "report",
   ]  # fmt: skip
-  assert rows[0][1:] == ["world", "from nothing"] and rows[6][1:] == ["sft", "from m0, seed, eft"]
-  assert rows[12][1:] == ["dpo", "from m1, aift1/pairs"]
+  assert rows[0][1:] == ["world", "from nothing"] and rows[7][1:] == ["sft", "from m0, seed, eft"]
+  assert rows[14][1:] == ["dpo", "from m1, aift1/pairs"]
 
 
 def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
@@ -73,7 +76,10 @@ def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
     (["judge", "pairs"], {}, "exactly one stage is wanted, got judge pairs"),
     (["judge"], {}, "--config is missing: a file such as configs/tiny.py"),
     (["judge"], {"config": SMOKE}, "--workdir is missing"),
+    (["human-eval"], {"config": SMOKE, "workdir": "w", "model": "m2"}, "human-eval needs --model and --against"),
+    (["human-eval-read"], {"key": "page.key.json"}, "human-eval-read needs --key"),
     (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),
+    (["reward"], {"config": SMOKE, "workdir": "w"}, "reward needs --model: a finished model, endpoint, or"),
     (["evaluate", "mtbench"], {}, "'evaluate mtbench' is not a stage. Did you mean 'evaluate mt-bench'?"),
     (["evaluate", "mt-bench", "m2"], {}, "exactly one stage is wanted, got evaluate mt-bench m2"),
     (["evaluate", "mt-bench"], {"config": SMOKE, "workdir": "x"}, "evaluate mt-bench needs --model and --prompts: MT"),
@@ -111,7 +117,9 @@ THERE = {"base.path": __file__, "prompts.path": __file__, "data.trees": __file__
   [
     ({}, r"base\.path is not set: give --config\.base\.path=PATH\."),
     ({"base.path": "/nowhere"}, r"base\.path=/nowhere: there is no such file or folder\."),
-    ({"base.path": __file__}, r"prompts\.path is not set"),
+    ({"base.path": __file__}, r"prompts\.path is not set: give .* Its model judges checkpoints, too"),
+    ({"base.path": __file__, "prompts.writer": "m0"}, r"prompts\.path is not set: .* \(select\.judge; 'none' makes no"),
+    ({**THERE, "select.path": "/nowhere"}, r"select\.path=/nowhere: there is no such file"),
     ({**THERE, "data.trees": ""}, r"data\.trees is not set"),
     ({**THERE, "eft.writer": "annotators"}, r"data\.judgements is not set"),
     ({**THERE, "base.kind": "random"}, r"tokenizer is not set"),
@@ -142,7 +150,7 @@ def test_the_content_of_a_file_is_part_of_the_configuration(tmp_path: pathlib.Pa
   one, two = configs("one"), configs("two")
   assert {folder for folder in one if one[folder] != two[folder]} == {
     *("seed", "eft", "aift1/judgements", "aift2/judgements"),
-    *(f"eval/{name}" for name in ("baseline", "m1", "m2", "m3")),
+    *(f"{stage}/{name}" for stage in ("eval", "canaries") for name in ("baseline", "m1", "m2", "m3")),
   }
 
 
@@ -188,7 +196,7 @@ def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
   assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES, *main.COMMANDS))
   both = [config.base(), config.base()]
-  both[1].world.enabled = True
+  both[1].world.enabled, both[1].monitors.prompts = True, "prompts.jsonl"
   planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
   assert set(planned) == set(steps.STAGES)
 
@@ -277,3 +285,47 @@ def test_states_are_shown(run: Run, tmp_path: pathlib.Path, capsys: pytest.Captu
   assert [line.split("from")[0].split(maxsplit=2)[2].strip() for line in capsys.readouterr().out.splitlines()] == [
     "done", "begun", "to do", "to do",
   ]  # fmt: skip
+
+
+def test_a_blind_page_is_written_and_its_votes_are_read(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  made = {}
+  for name, text in (("m1", "worse"), ("m2", "better")):
+    made[f"eval/{name}"] = artifacts.Artifact(epath.Path(tmp_path / "eval" / name), {}, {})
+    made[f"eval/{name}"].begin()
+    answers = [
+      records.Response(prompt_id=f"p{n}", prompt=f"Task {n}", sample=k, text=text, tokens=(2,), finished=True)
+      for n in range(4)
+      for k in (0, 1)
+    ]
+    made[f"eval/{name}"].write_records("answers-00000-of-00001.jsonl", answers)
+    made[f"eval/{name}"].commit({})
+  monkeypatch.setattr(steps, "plan", lambda *_: [])
+  monkeypatch.setattr(steps, "artifacts_of", lambda *_: made)
+  place, page, settings = epath.Path(tmp_path), epath.Path(tmp_path / "new" / "page.html"), config.base()
+  main.human_page(settings, place, ("m2", "m1"), 3, page)
+  key = human_eval.read_key(page.with_suffix(".key.json"))
+  assert len(key.items) == 3 and "better" in page.read_text()
+  with pytest.raises(ValueError, match=r"page\.html is there already"):
+    main.human_page(settings, place, ("m2", "m1"), 3, page)
+  with pytest.raises(ValueError, match="'m3' is not a model that this work directory has evaluated"):
+    main.human_page(settings, place, ("m3", "m1"), 3, place / "other.html")
+  with pytest.raises(ValueError, match="--model and --against are both m1"):
+    main.human_page(settings, place, ("m1", "m1"), 3, place / "other.html")
+  votes = {
+    "format": "srlm human evaluation votes 1",
+    "page": key.page,
+    "annotator": "Ann",
+    "votes": {item.id: item.model for item in key.items},
+  }
+  (place / "votes.json").write_text(json.dumps(votes))
+  monkeypatch.setattr(main, "_absolute", epath.Path)
+  with flagsaver.as_parsed(
+    key=str(page.with_suffix(".key.json")), votes=str(place / "votes.json"), workdir=str(place), compilation_cache=""
+  ):
+    main.main(["srlm", "human-eval-read"])
+  assert "| win, % | 100.0" in capsys.readouterr().out
+  found = report_stage.human_evaluations(place)
+  assert list(found) == ["analysis/human-m2-m1"]
+  assert found["analysis/human-m2-m1"].manifest()["facts"]["win"]["value"] == 1.0

@@ -276,13 +276,49 @@ def test_held_out_trees_of_their_own(overlap: bool) -> None:
   assert parts.counts["shared: IFT and EFT held-out"] == 0
 
 
+def test_validation_prompts_are_of_trees_that_nothing_else_uses() -> None:
+  trees = made(200)
+  without = oasst.split(trees, ift_examples=50, eft_fraction=0.5)
+  parts = oasst.split(trees, ift_examples=50, eft_fraction=0.5, validation_prompts=25)
+  assert len(parts.validation) == 25 and (parts.ift, parts.ranked_train) == (without.ift, without.ranked_train)
+  others = ids(parts.eval_prompts) | ids(parts.ranked_heldout) | ids(parts.ranked_train) | ids(parts.ift)
+  assert not ids(parts.validation) & others
+  assert (parts.counts["validation/kept"], parts.counts["validation"]) == (25, 200)
+  assert parts.counts["ift/validation prompt"] == 25 and parts.counts["shared: IFT and validation"] == 0
+  check_sums(parts.counts)
+  assert not without.validation and not [key for key in without.counts if "validation" in key]
+
+
+def test_ift_gives_up_a_tenth_for_validation_at_the_most() -> None:
+  without = oasst.split(made(200), eft_fraction=0.5)
+  some = oasst.split(made(200), eft_fraction=0.5, validation_prompts=4)
+  assert some.ift == without.ift[:-4] and ids(some.validation) == ids(without.ift[-4:])
+  many = oasst.split(made(200), eft_fraction=0.5, validation_prompts=253)
+  assert len(many.validation) == len(without.ift) // 10 and many.ift == without.ift[: len(many.ift)]
+  check_sums(many.counts)
+
+
+def test_with_overlap_validation_shares_no_prompt_with_eft_train_or_evaluation() -> None:
+  parts = oasst.split(made(100), overlap=True, validation_prompts=253)
+  assert len(parts.validation) == 15 and len(parts.ift) == 100
+  assert not ids(parts.validation) & (ids(parts.ranked_train) | ids(parts.eval_prompts))
+  assert parts.counts["shared: IFT and validation"] == 15
+  check_sums(parts.counts)
+
+
 def test_split_refuses_what_it_cannot_do() -> None:
   with pytest.raises(ValueError, match="nothing is left for EFT.*overlap=True"):
     oasst.split(made(3))
   with pytest.raises(ValueError, match="nothing is left for EFT held-out"):
     oasst.split(made(50), heldout_trees=[])
   assert not oasst.split(made(3), eft_fraction=0.0).ranked_train
-  for bad in ({"ift_examples": -1}, {"eft_fraction": 1.5}, {"heldout_fraction": 1.0}, {"eval_prompts": -2}):
+  for bad in (
+    {"ift_examples": -1},
+    {"eft_fraction": 1.5},
+    {"heldout_fraction": 1.0},
+    {"eval_prompts": -2},
+    {"validation_prompts": -1},
+  ):
     with pytest.raises(ValueError, match=next(iter(bad))):
       oasst.split(made(50), **bad)
 

@@ -14,6 +14,18 @@ def test_figures_take_their_colours_from_the_page() -> None:
   assert svg == plots.duels([("M2 over M1", 0.5, 0.3, 0.2)])
 
 
+def test_a_map_has_a_dot_for_each_text() -> None:
+  found = {"IFT": [(float(n % 20), float(n // 20)) for n in range(300)], "EFT": [(30.0, 1.0), (31.0, 2.0)]}
+  svg = plots.points(found)
+  lines = {len(re.findall(r"L [-0-9.]+ [-0-9.]+", path)) for path in re.findall(r' d="([^"]+)"', svg)}
+  assert {300, 2} <= lines
+  assert "IFT (300)" in svg and "var(--c2)" in svg and "<image" not in svg
+  assert plots.read_points('{"points": [["IFT", 1, 2], ["EFT", 3, 4], ["IFT", 5, 6]]}') == {
+    "IFT": [(1, 2), (5, 6)],
+    "EFT": [(3, 4)],
+  }
+
+
 def test_curves_are_averaged_over_windows() -> None:
   rows = [{"step": step, "loss": float(step)} for step in range(1, 8)]
   assert plots.smooth(rows, points=3) == {"step": [2.0, 5.0, 7.0], "loss": [2.0, 5.0, 7.0]}

@@ -12,7 +12,7 @@ import made_run
 from ml_collections import config_dict
 import pytest
 
-from srlm_jax import artifacts, config, report
+from srlm_jax import artifacts, config, report, selection
 from srlm_jax.stages import report as stage
 
 
@@ -89,6 +89,7 @@ def test_every_table_is_there_with_equal_figures_in_both_forms(written: tuple[st
       "expected",
       "pairs",
       "oracle-pairs",
+      "monitors",
       "sizes",
       "deviations",
       "models",
@@ -176,6 +177,18 @@ def test_a_partial_run_gives_a_report(tmp_path: epath.Path) -> None:
   assert json.loads((out.folder / "manifest.json").read_text())["facts"]["missing"] == [
     *("aift1/judgements", "aift1/pairs", "eval/m2")
   ]
+
+
+def test_the_choice_of_checkpoints_is_shown(tmp_path: epath.Path) -> None:
+  run = made_run.whole_run(tmp_path)
+  curve = [selection.trial(step, step - 200, [[outcome]] * 4, 0) for step, outcome in ((200, 1), (400, -1))]
+  run.made["m1"].manifest()["facts"]["selection"] = selection.facts(curve, 1, 600, "writer")
+  found = report.collect(run.made, tiny_settings(), [], "run")
+  (section,) = (section for section in found.sections if section.name == "selection")
+  assert "M1: training stopped at step 400 of 600; the model is that of step 200 (judge: writer)." in section.text
+  page = Page(report.html(found))
+  assert [row[:3] for row in page.tables["checkpoints"][1:]] == [["M1", "200", "0"], ["M1", "400", "200"]]
+  assert "M1: win − loss, %" in section.plots[0].svg
 
 
 def test_nothing_finished_gives_a_report_that_says_so(tmp_path: epath.Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import config, generator, metrics, records, rollout, sampling, templates
+from srlm_jax import config, generator, grading, metrics, records, rollout, sampling, templates
 
 RUBRIC = templates.load_rubric("judge_tiny")
 HOW = sampling.Sampling(temperature=1.0, top_p=1.0, max_new=40)
@@ -133,6 +133,40 @@ def test_judging_is_the_configuration_s() -> None:
       rollout.judging({**section, "min_votes": wrong})
   with pytest.raises(ValueError, match="min_votes=2.*one vote"):
     rollout.judging({**section, "method": "expected", "min_votes": 2})
+
+
+def test_a_speaker_replies_to_questions_of_several_turns_in_their_order() -> None:
+  speaker = tiny_model.actor(lambda prompt, sample: f" {prompt.count('owl')} {sample}", max_length=200)
+  questions = [
+    rollout.Question("long", ("owl " * 300,)),
+    rollout.Question("turns", ("owl", "a crow", "owl")),
+    rollout.Question("one", ("owl",), samples=2),
+  ]
+  found = speaker.ask(questions, HOW)
+  assert [[one.text.strip() for one in replies] for replies in found] == [[], ["2 0"], ["1 0", "1 1"]]
+  assert speaker.asked[-1].count("[INST]") == 2 and "a crow" in speaker.asked[-1]
+  assert all(one.finished for replies in found for one in replies)
+  with pytest.raises(ValueError, match="two questions have the same name"):
+    speaker.ask([questions[2], questions[2]], HOW)
+
+
+def test_the_names_of_the_draws_stay() -> None:
+  """They decide the texts: another name would be another run."""
+  names: list[str] = []
+
+  class Listening(tiny_model._Engine):
+    def generate(self, requests):
+      names.extend(request.name for request in requests)
+      return super().generate(requests)
+
+  actor = tiny_model.actor(lambda prompt, sample: "Score: 3 [[A]]", max_length=2000)
+  engine = Listening(lambda prompt, sample: "Score: 3 [[A]]", [], 1900)
+  speaker = rollout.Speaker(lambda how, limit: engine, actor.tokenizer, "llama2", 2000)
+  rollout.judge(speaker, [candidate("A crow.", 7)], judging())
+  answer = records.Response(prompt_id="p", prompt="q", sample=2, text="a", tokens=(2,), finished=True)
+  template = templates.load_pairwise("pairwise")
+  grading.by_judge(speaker, [(answer, answer)], "m1", template, HOW)
+  assert names == [f"judge {RUBRIC.digest} p 7", "duel m1 0 p 2", "duel m1 1 p 2"]
 
 
 @pytest.fixture(scope="module")

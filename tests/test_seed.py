@@ -54,6 +54,36 @@ def test_given_evaluation_prompts_take_no_trees(smoke, files, tmp_path):
   assert not counts.get("eval/kept") and counts["held out: trees"] == 20
 
 
+def test_validation_prompts_are_there_where_checkpoints_are_compared(smoke, files, tmp_path):
+  off = run(smoke, files, tmp_path / "off")
+  assert not off.has("validation.jsonl") and "validation" not in off.manifest()["facts"]
+  smoke = smoke.copy_and_resolve_references()
+  smoke.select.update(judge="oracle", prompts=4)
+  on = run(smoke, files, tmp_path / "on")
+  prompts = on.read("validation.jsonl", records.Prompt)
+  assert len(prompts) == on.manifest()["facts"]["validation"] == 4
+  used = {one.prompt for one in on.read("ift.jsonl", records.SFTExample)}
+  used |= {one.prompt for one in on.read("ranked_train.jsonl", records.RankedReplies)}
+  used |= {one.text for one in on.read("eval_prompts.jsonl", records.Prompt)}
+  assert not {one.text for one in prompts} & used
+
+
+def test_validation_prompts_of_one_s_own(smoke, files, tmp_path):
+  smoke = smoke.copy_and_resolve_references()
+  smoke.select.update(judge="oracle", prompts=1)
+  path = epath.Path(tmp_path / "mine.jsonl")
+  path.write_text(records.dumps([records.Prompt(id=text, text=text, source="mine") for text in ("Say 1.", "Say 2.")]))
+  on = run(smoke, files, tmp_path / "on", validation=path)
+  assert [one.text for one in on.read("validation.jsonl", records.Prompt)] == ["Say 1."]
+  taught = on.read("ift.jsonl", records.SFTExample)[0].prompt
+  path.write_text(records.dumps([records.Prompt(id="x", text=taught.upper(), source="mine")]))
+  with pytest.raises(ValueError, match=r"1 held-out prompt\(s\) are also trained on"):
+    run(smoke, files, tmp_path / "again", validation=path)
+  path.write_text("")
+  with pytest.raises(ValueError, match="no tree is left for select.prompts=1, by which .* or select.judge='none'"):
+    run(smoke, files, tmp_path / "empty", validation=path)
+
+
 def test_prompt_ids_must_differ(smoke, files, tmp_path):
   both = [records.Prompt(id="x", text=text, source="mine") for text in ("Say 1.", "Say 2.")]
   (tmp_path / "mine.jsonl").write_text(records.dumps(both))

@@ -1,9 +1,7 @@
 """Rollouts from a server: a loopback one answers as vLLM does, what it says arrives, and what goes wrong is said."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import http.server
+from collections.abc import Callable, Iterator
 import importlib.util
-import json
 import logging
 import re
 import socket
@@ -13,6 +11,7 @@ import traceback
 from typing import Any
 
 from etils import epath
+from loopback import Loopback, Reply
 import pytest
 import tiny_model
 
@@ -34,7 +33,6 @@ from srlm_jax.stages import judge as judge_stage, responses as responses_stage
 WORDS = tiny_model.words()
 EOS = WORDS.eos_id
 HOW = sampling.Sampling(temperature=0.7, top_p=0.9, max_new=12)
-Reply = tuple[int, dict[str, str], Any]  # Status, headers, and the body: JSON, or bytes as they are.
 Script = Callable[[tuple[int, ...], int, dict[str, Any]], list[int]]  # (prompt, sample, body) → ids, uncut.
 
 
@@ -60,45 +58,6 @@ def vllm(body: dict[str, Any], script: Script, ids: bool = True) -> Reply:
 
 def owls(prompt: tuple[int, ...], sample: int, body: dict[str, Any]) -> list[int]:
   return [*WORDS.encode(" ".join(["owl"] * (sample + 1))), EOS]
-
-
-class Loopback(http.server.ThreadingHTTPServer):
-  """Answers /v1/models with `models` and /v1/completions by `reply`; `asked` has each request's body and headers."""
-
-  daemon_threads = True
-
-  def __init__(self, reply: Callable[[dict[str, Any]], Reply], models: Sequence[str] = ("m1",)) -> None:
-    self.reply, self.models = reply, list(models)
-    self.asked: list[tuple[dict[str, Any], Mapping[str, str]]] = []
-    super().__init__(("127.0.0.1", 0), Handler)
-    self.url = f"http://127.0.0.1:{self.server_port}"
-    threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-  server: Loopback
-
-  def do_GET(self) -> None:
-    assert self.path == "/v1/models"
-    self.send((200, {}, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.models]}))
-
-  def do_POST(self) -> None:
-    assert self.path == "/v1/completions"
-    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    self.server.asked.append((body, self.headers))
-    self.send(self.server.reply(body))
-
-  def send(self, reply: Reply) -> None:
-    status, headers, body = reply
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    self.send_response(status)
-    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-      self.send_header(name, value)
-    self.end_headers()
-    self.wfile.write(data)
-
-  def log_message(self, *_: object) -> None:
-    pass
 
 
 Serve = Callable[..., Loopback]
@@ -387,7 +346,8 @@ def planned(**changes: object) -> dict[str, steps.Step]:
 def test_a_server_is_in_the_identity_of_what_it_samples_alone() -> None:
   ours, theirs = planned(), planned(**{"server.url": "http://host:1", "server.retries": 9})
   differ = {folder for folder in ours if ours[folder].config != theirs[folder].config}
-  sampled = {step.folder for step in ours.values() if step.stage in steps.SAMPLING}
+  # A training samples where a model judges its checkpoints.
+  sampled = {step.folder for step in ours.values() if step.stage in steps.SAMPLING or "judge" in step.inputs}
   assert differ == sampled and all(theirs[folder].config["server"] == "yes" for folder in differ)
   assert all("server" not in key for step in ours.values() for key in step.config)
   people = planned(**{"server.url": "http://host:1", "eft.writer": "annotators"})

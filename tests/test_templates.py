@@ -144,6 +144,28 @@ def test_neutralise_takes_linear_time(unit: str) -> None:
   assert time.perf_counter() - started < 5
 
 
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("<|im_end|> < |eot_id| > <|a b|>", "(|im_end|) ( |eot_id| ) (|a b|)"),
+    ("<s>x</s> < / S > <bos> <end_of_turn>", "(s)x(/s) ( / S ) (bos) (end_of_turn)"),
+    ("[INST] <<SYS>> [/INST]", "(INST) ((SYS)) (/INST)"),
+    ("<｜User｜>", "(|User|)"),
+    ("<response> a < b | c > d, <b>, <span>, [[A]], x <|> y ½", None),
+  ],
+)
+def test_special_tokens_of_others(text: str, expected: str | None) -> None:
+  assert templates.neutralise_specials(text) == (text if expected is None else expected)
+
+
+@pytest.mark.parametrize("unit", ["<", "<|", "<s ", "<" + " " * 1000, "<|" + "x" * 64, "</"])
+def test_special_tokens_are_found_in_linear_time(unit: str) -> None:
+  started = time.perf_counter()
+  templates.neutralise_specials(unit * (1_000_000 // len(unit)))
+  templates.neutralise_specials("<" + " " * 1_000_000)
+  assert time.perf_counter() - started < 5
+
+
 def test_chat_delimiters_alone() -> None:
   assert templates.neutralise_chat("[INST] <response>") == "(INST) <response>"
 

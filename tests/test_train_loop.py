@@ -91,6 +91,21 @@ def test_a_stopped_run_ends_as_one_that_nothing_stopped(whole: tuple[llama.Llama
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=name)
 
 
+def test_a_run_in_pieces_is_as_a_whole_one(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
+  folder, asked = epath.Path(tmp_path), []
+  for until in (3, 3, 4, 7):
+    batches = Stopping()
+    model = train(folder, batches, until=until)
+    asked.append(batches.asked)
+    assert until in [*saved(folder), 7]  # Saved where it stops, whatever save_every.
+  assert asked == [[0, 1, 2], [], [3], [4, 5, 6]]
+  assert (folder / "metrics.jsonl").read_text() == whole[1]
+  for (name, found), wanted in zip(checkpoint.named_leaves(model).items(), jax.tree.leaves(whole[0]), strict=True):
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=name)
+  with pytest.raises(ValueError, match="states is at step 6, and the weights after step 3 are gone: delete"):
+    train(folder, Stopping(), until=3)
+
+
 def test_a_run_goes_on_behind_half_a_line_of_metrics(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
   folder = epath.Path(tmp_path)
   with pytest.raises(KeyboardInterrupt):

@@ -64,6 +64,7 @@ def run(
     longest = settings.model.max_length
     examples, too_long = _documents(where["pretrain"], words, settings.chat, longest)
     logger.info("%s: %d documents, %d longer than %d tokens left out", out.folder, len(examples), too_long, longest)
-    model, sizes = finetune.fit(out, model.config, lambda: model, examples, settings.pretrain, settings, mesh)
+    train, sizes = finetune.prepare(out, model.config, lambda: model, examples, settings.pretrain, settings, mesh)
+    model = train()
     facts |= {"documents": len(examples), "documents left out, too long": too_long, **sizes}
   modelstore.save(out, model, words, facts)

@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from srlm_jax import (
   artifacts,
   config as config_lib,
+  early_stopping,
   finetune,
   modelstore,
   pairing,
@@ -22,8 +23,16 @@ from srlm_jax import (
 logger = logging.getLogger(__name__)
 
 
-def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Trains the input "parent" on the input "pairs"."""
+def run(
+  out: artifacts.Artifact,
+  settings: config_dict.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  where: early_stopping.Where | None = None,
+) -> None:
+  """Trains the input "parent" on the input "pairs".
+
+  With `where` it chooses among the checkpoints (paper §3.1.2).
+  """
   pairs, section = out.inputs["pairs"], settings.dpo
   parent = out.inputs["parent"]
   words = modelstore.load_tokenizer(parent)
@@ -31,7 +40,8 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   steps = train_step.count_steps(section, count)
   logger.info("%s: %d pairs, %d steps", out.folder, count, steps)
   in_parts = section.accumulate > 1 or mesh.shape["slice"] > 1
-  model = train_loop.train(
+  train = functools.partial(
+    train_loop.train,
     config=modelstore.model_config(parent, settings, train=True),
     start=functools.partial(modelstore.load, parent, settings, mesh, train=True),
     loss_fn=functools.partial(train_step.dpo_loss, chunk=settings.model.logits_chunk, beta=section.beta),
@@ -43,12 +53,16 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
     save_every=section.save_every,
     accumulate=section.accumulate,
   )
-  modelstore.save(
-    out, model, words, {"pairs": count, "steps": steps, "reference": pairs.manifest()["facts"]["reference"]}
-  )
+  facts = {"pairs": count, "reference": pairs.manifest()["facts"]["reference"]}
+  early_stopping.commit(out, words, train, steps, facts, settings, mesh, where)
 
 
-def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def run_positive_only(
+  out: artifacts.Artifact,
+  settings: config_dict.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  where: early_stopping.Where | None = None,
+) -> None:
   """The compared variant (paper §3.2): SFT of M0 on the seed data and the perfectly scored answers."""
   groups = pairing.by_prompt(
     out.inputs["responses"].read_shards("responses", records.Response),
@@ -63,4 +77,4 @@ def run_positive_only(out: artifacts.Artifact, settings: config_dict.ConfigDict,
     records.SFTExample(id=f"{one.prompt_id}/{one.sample}", kind="aift", prompt=one.prompt, response=one.text)
     for one in best
   ]
-  finetune.finetune(out, out.inputs["parent"], examples, settings, mesh)
+  finetune.finetune(out, out.inputs["parent"], examples, settings, mesh, where)

@@ -79,6 +79,8 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
   seeds = [example.prompt for example in seed.read("ift.jsonl", records.SFTExample)]
   heldout = [prompt.text for prompt in seed.read("eval_prompts.jsonl", records.Prompt)]
   heldout += [ranked.prompt for ranked in seed.read("ranked_heldout.jsonl", records.RankedReplies)]
+  if seed.has("validation.jsonl"):
+    heldout += [prompt.text for prompt in seed.read("validation.jsonl", records.Prompt)]
   earlier = [
     prompt.text
     for role, artifact in sorted(out.inputs.items())

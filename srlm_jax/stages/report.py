@@ -5,6 +5,7 @@ import dataclasses
 import logging
 from typing import Protocol
 
+from etils import epath
 from ml_collections import config_dict
 
 from srlm_jax import artifacts, report
@@ -24,6 +25,13 @@ class Step(Protocol):
     """Its stage's name."""
 
 
+def human_evaluations(workdir: epath.Path) -> dict[str, artifacts.Artifact]:
+  """What `srlm human-eval-read` wrote, by folder: votes come from outside, so no step makes them."""
+  folders = sorted((workdir / "analysis").glob("human-*"))
+  found = {f"analysis/{folder.name}": artifacts.Artifact(folder, {}, {}) for folder in folders}
+  return {name: artifact for name, artifact in found.items() if artifact.done}
+
+
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, steps: Sequence[Step]) -> None:
   """Writes report.html and report.md. `out.inputs` are all artifacts of the run by folder; unfinished ones are skipped.
 
@@ -33,6 +41,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, steps: Sequen
   finished = {name: artifact for name, artifact in out.inputs.items() if artifact.done}
   for artifact in finished.values():
     artifact.check_config()
+  finished |= human_evaluations(out.folder.parent)
   missing = [step.folder for step in steps if step.stage != "report" and step.folder not in finished]
   name = str(settings.get("name", "")) or out.folder.parent.name
   found = report.collect(finished, settings, missing, name)

@@ -21,8 +21,10 @@ def _prompts(path: epath.Path) -> tuple[records.Prompt, ...]:
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[str, epath.Path]) -> None:
-  """Reads `where["trees"]` (and "heldout_trees", "eval_prompts" where given) and writes the divided seed data."""
-  data = settings.data
+  """Reads `where["trees"]` (and "heldout_trees", "eval_prompts", "validation" where given); writes the divided data."""
+  data, select = settings.data, settings.select
+  own = where.get("validation")  # Validation prompts are wanted where checkpoints are compared by them.
+  wanted = 0 if select.judge == "none" else select.prompts
   trees, read_counts = oasst.read_trees(where["trees"])
   heldout, heldout_counts = oasst.read_trees(where["heldout_trees"]) if where["heldout_trees"] else (None, {})
   split = oasst.split(
@@ -31,6 +33,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
     eft_fraction=data.eft_fraction,  # Without EFT too, so that the compared models learn from the same IFT.
     heldout_fraction=data.heldout_fraction,
     eval_prompts=0 if where["eval_prompts"] else data.eval_prompts_count,
+    validation_prompts=0 if own else wanted,
     overlap=data.overlap,
     seed=settings.seed,
     heldout_trees=heldout,
@@ -38,7 +41,16 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   prompts = split.eval_prompts
   if where["eval_prompts"]:
     prompts = _prompts(where["eval_prompts"])[: data.eval_prompts_count]
+  validation = _prompts(own)[:wanted] if own and wanted else split.validation
+  if wanted and not validation:
+    raise ValueError(
+      f"no tree is left for select.prompts={wanted}, by which checkpoints are compared: give more data.trees, prompts "
+      "of your own in select.path, or select.judge='none'."
+    )
   heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
+  if own:
+    eft.no_overlap([ranked.prompt for ranked in split.ranked_train], [prompt.text for prompt in validation])
+    eft.no_overlap([example.prompt for example in split.ift], [prompt.text for prompt in validation])
   eft.no_overlap([ranked.prompt for ranked in split.ranked_train], heldout_texts)
   if not data.overlap:
     eft.no_overlap([example.prompt for example in split.ift], heldout_texts)
@@ -49,12 +61,14 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   out.write_records("ranked_train.jsonl", split.ranked_train)
   out.write_records("ranked_heldout.jsonl", split.ranked_heldout)
   out.write_records("eval_prompts.jsonl", prompts)
-  out.commit(
-    {
-      "counts": counts,
-      "ift": len(split.ift),
-      "ranked_train": len(split.ranked_train),
-      "ranked_heldout": len(split.ranked_heldout),
-      "eval_prompts": len(prompts),
-    }
-  )
+  facts = {
+    "counts": counts,
+    "ift": len(split.ift),
+    "ranked_train": len(split.ranked_train),
+    "ranked_heldout": len(split.ranked_heldout),
+    "eval_prompts": len(prompts),
+  }
+  if wanted:
+    out.write_records("validation.jsonl", validation)
+    facts["validation"] = len(validation)
+  out.commit(facts)
