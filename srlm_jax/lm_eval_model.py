@@ -212,13 +212,14 @@ class LlamaLM(TemplateLM):
     return tokens, len(tokens) - len(continuation)
 
   def _loglikelihood_tokens(
-    self, requests: list[tuple[tuple[str, str] | None, Tokens, Tokens]], disable_tqdm: bool = False, **_: Any
+    self, requests: Sequence[tuple[tuple[str, str] | None, Tokens, Tokens]], disable_tqdm: bool = False, **more: Any
   ) -> list[Scored]:
     """The log-likelihood of each continuation after its context, and whether greedy decoding gives it.
 
     Args:
       requests: what to remember the answer by (None: not at all), the context's tokens and the continuation's.
       disable_tqdm: there is no progress bar here.
+      more: what other backends take.
     """
     rows = rows_of([self._text(context, continuation) for _, context, continuation in requests])
     sharding = jax.sharding.NamedSharding(self.mesh, mesh_lib.spec(("batch",)))
