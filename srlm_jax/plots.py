@@ -349,6 +349,8 @@ def checkpoints(runs: Mapping[str, tuple[Sequence[int], Sequence[Mapping[str, An
       axis.plot([x for x, _ in chosen], [y for _, y in chosen], "o", color=_SERIES[1], fillstyle="none", markersize=11)
       axis.axhline(0, color=_INK, linewidth=0.8)
       axis.set_title(f"{name}: win − loss, %")
+      low, high = axis.get_ylim()
+      axis.set_ylim(min(low, -5), max(high, 5))  # A draw is to look like one.
       axis.set_xlabel("step")
       axis.set_xlim(0, 1.08 * max(steps))
 
