@@ -63,7 +63,8 @@ EXTRAS = {
     "pytest>=9.2,<10",
     "ruff>=0.17.6,<0.18",
   ],
-  "torch": [TORCH],  # For the parity tests alone; without it they compare with golden files.
+  # For the parity tests alone: without it they compare with golden files. lm-eval's own backend needs accelerate.
+  "torch": ["accelerate>=1.15,<2", TORCH],
   # What benchmarks/ compares with: they bring torch, and llama.cpp is built here, in about three minutes.
   "bench": ["gguf>=0.19,<0.20", "llama-cpp-python>=0.3.36,<0.4", TORCH, "trl==1.16.0"],
 }
