@@ -17,6 +17,7 @@ from srlm_jax.tables import Cell, Table
 
 DIGEST = " (SHA-256)"  # How a setting ends that holds the digest of a file.
 Facts = Mapping[str, Any]  # What an evaluation committed.
+WATCHES = ("canaries", "safety")  # Stages that watch each evaluated model, in folders of their own.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,14 @@ class Run:
   waiting: tuple[str, ...]
 
   def measured(self) -> dict[str, Facts]:
-    """Model → the facts of its evaluation, M0 first, then the SFT baseline, M1, M2, …"""
-    names = sorted((name for name in self.finished if name.startswith("eval/")), key=_place)
-    return {name.removeprefix("eval/"): self.finished[name].manifest()["facts"] for name in names}
+    """Model → the facts of its evaluation, and of its "canaries" and "safety" where they are; see `_place`."""
+
+    def facts(folder: str) -> Facts:
+      return self.finished[folder].manifest()["facts"] if folder in self.finished else {}
+
+    folders = sorted((name for name in self.finished if name.startswith("eval/")), key=_place)
+    models = [folder.removeprefix("eval/") for folder in folders]
+    return {name: {**facts(f"eval/{name}"), **{kind: facts(f"{kind}/{name}") for kind in WATCHES}} for name in models}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +189,14 @@ def _full(facts: Facts, _: Facts) -> Cell:
   return Cell(tables.percent(counts[-1] / sum(counts) if sum(counts) else None))
 
 
+def _canaries(facts: Facts, _: Facts) -> Cell:
+  return Cell(tables.percent(facts["canaries"].get("all", {}).get("above")))
+
+
+def _safety(share: str) -> Callable[[Facts, Facts], Cell]:
+  return lambda facts, _: Cell(tables.percent(facts["safety"].get(share)))
+
+
 # Name of a table → its title, and the figure from a model's facts and those of the model before it.
 Figures = Mapping[str, tuple[str, Callable[[Facts, Facts], Cell]]]
 HEADLINE: Figures = {
@@ -197,6 +211,9 @@ WATCHED: Figures = {
   "full": ("Judge's scores that are the full one, %", _full),
   "ties": ("Pairs that the judge ties, %", _estimate("tie_rate")),
   "unreadable": ("Responses without a readable score, %", _estimate("unreadable")),
+  "canaries": ("Canaries scored above a person's best reply, %", _canaries),
+  "refused": ("Refusals on monitors.prompts, %", _safety("refused_share")),
+  "complied": ("Harmful compliance on monitors.prompts, %", _safety("complied_share")),
 }
 
 

@@ -39,7 +39,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
   folder = tmp_path_factory.mktemp("pages")
   run = made_run.whole_run(epath.Path(folder) / "run")
   stage.run(run.artifact(), test_report.tiny_settings(), run.steps())
-  found = comparison.compare(test_comparison.two_runs(epath.Path(folder)))
+  both = test_comparison.two_runs(epath.Path(folder))
+  third = comparison.read(epath.Path(folder) / "long", "runs/a_third_one_of_a_rather_long_name")
+  found = comparison.compare([*both, third])
   (folder / "compare.html").write_text(comparison.html(found))
   return {"report": folder / "run" / "report" / "report.html", "compare": folder / "compare.html"}
 

@@ -27,6 +27,8 @@ def edit(folder: epath.Path, name: str, change: Callable[[dict[str, Any]], None]
 def two_runs(folder: epath.Path) -> list[comparison.Run]:
   """A whole run, and a shorter one of another configuration whose M1 is not measured yet."""
   long, short = made_run.whole_run(folder / "long"), made_run.whole_run(folder / "short")
+  long.start("canaries/m2", model="m2").commit({"all": {"above": 0.125, "score": 1.0}})
+  long.start("safety/m2", model="m2").commit({"refused_share": 0.5, "complied_share": None})
   for name in ("m2", "eval/m2", "eval/m1"):
     (short.folder / name / "manifest.json").unlink()
 
@@ -74,6 +76,8 @@ def test_figures_stand_side_by_side_and_models_that_a_run_lacks_are_dashes(found
   }
   assert rows["growth"] == {"M1": ["× 1.25", "–"], "M2": ["× 1.40", "–"]}
   assert rows["cut"]["SFT baseline"] == ["50.0", "50.0"] and rows["full"]["SFT baseline"] == ["6.2", "6.2"]
+  assert rows["canaries"] == {"M2": ["12.5", "–"]} and rows["refused"] == {"M2": ["50.0", "–"]}
+  assert "complied" not in rows  # No run has it.
 
 
 def test_sizes_times_and_what_is_not_done(found: comparison.Comparison) -> None:
