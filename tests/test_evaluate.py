@@ -169,7 +169,8 @@ def test_the_endpoint_is_part_of_what_it_decides_alone() -> None:
   cheap = planned(
     **{"evaluate.grader": "endpoint", "endpoint.url": "https://a", "endpoint.model": "x", "endpoint.retries": 9}
   )
-  assert {name for name in one if one[name].config != two[name].config} == {"eval/m1", "eval/m2", "eval/m3"}
+  decided = {"eval/m1", "eval/m2", "eval/m3", "analysis/classes"}
+  assert {name for name in one if one[name].config != two[name].config} == decided
   assert all(one[name].config == cheap[name].config for name in one)
 
 

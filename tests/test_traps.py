@@ -213,8 +213,15 @@ def test_another_chat_template_is_another_artifact() -> None:
   off = {"select.judge": "none"}  # Checkpoints that answer do so in the chat template.
   one, other = planned(**off), planned(chat="plain", **off)
   same = {folder for folder in one if one[folder].config == other[folder].config}
-  # Nothing but data without prompts' tokens, and DPO, whose pairs hold them.
-  assert same == {"seed", "report", "m2", "m3", "m4"}
+  # Nothing but data without prompts' tokens, DPO, whose pairs hold them, and what counts duels.
+  assert same == {
+    "seed",
+    "report",
+    "m2",
+    "m3",
+    "m4",
+    *(f"analysis/{name}" for name in ("baseline", "m1", "m2", "m3", "m4")),
+  }
   assert json.dumps(one["m1"].config["chat"]) == '"llama2"'
 
 
