@@ -144,9 +144,11 @@ class Annotating:
 
   def digest(self) -> str:
     """Of who judges: verdicts of another one are another cache."""
-    path = pathlib.Path(self.config)
-    files = [one for one in (path, path / "configs.yaml") if "/" in self.config and one.is_file()]
-    return artifacts.sha256("\n".join([self.config, self.url, *(one.read_text() for one in files)]).encode())[:12]
+    folder = pathlib.Path(self.config)
+    folder = folder if folder.is_dir() else folder.parent
+    files = sorted(one for one in folder.rglob("*") if one.is_file()) if "/" in self.config else []
+    parts = [self.config, self.url, *(f"{one} {artifacts.file_sha256(epath.Path(one))}" for one in files)]
+    return artifacts.sha256("\n".join(parts).encode())[:12]
 
   def arguments(self, folder: pathlib.Path, references: pathlib.Path, generator: str) -> dict[str, Any]:
     """The command's arguments: all that it writes lies in `folder`, and nothing is fetched that need not be."""

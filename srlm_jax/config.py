@@ -64,7 +64,7 @@ def base() -> config_dict.ConfigDict:
   c.select = dict(
     # The paper's is Claude 2. Ours, as no run may need a paid service: "writer", the fixed chat model at prompts.path,
     # which stands outside the loop. Or "endpoint"; "parent", where training starts (M0, in SFT, has not learnt to
-    # judge); a model of the run by its name; "oracle", the tiny world's; "none": the last weights are the model.
+    # judge); "m0" for all; "oracle", the tiny world's; "none": the last weights are the model.
     judge="writer",
     every=200,  # The paper's, in steps; a training of fewer has no choice.
     prompts=253,  # The paper's number; unstated whose. Ours: of trees that nothing else uses, then the last of IFT.
@@ -122,8 +122,9 @@ def base() -> config_dict.ConfigDict:
     timeout=600.0,  # Seconds of one try.
   )
 
-  # A judge behind an OpenAI-compatible endpoint, for evaluate.grader="endpoint" and `srlm reward --model=endpoint`; its
-  # key is read from OPENAI_API_KEY alone. Each sample is a request.
+  # A judge behind an OpenAI-compatible endpoint, for evaluate.grader="endpoint" (it sorts the evaluation prompts, too),
+  # select.judge, mt_bench.judge and `srlm reward --model=endpoint`. Its key is read from OPENAI_API_KEY alone; each
+  # sample is a request.
   c.endpoint = dict(
     url="",  # https://HOST/PATH, as openai's base_url; without a path, /v1.
     model="",  # Its name there.

@@ -107,7 +107,9 @@ def duels_table(measured: Measured, grader: str) -> Table:
       sum(one[key] for one in spent) for key in ("replies", "tokens_in", "tokens_out", "cost")
     )
     price = f", cost {cost:,.2f}" if cost else ""
-    note += f" {replies:,} verdicts of the endpoint: {tokens_in:,} tokens in, {tokens_out:,} out{price}."
+    asked = sum(one.get("asked", 0) for one in spent)
+    of = f" of {asked:,}, those in this cache" if replies < asked else ""
+    note += f" {replies:,} verdicts of the endpoint{of}: {tokens_in:,} tokens in, {tokens_out:,} out{price}."
   return Table("duels", "Head to head", columns, tuple(rows), note, paper=(7, 8, 9))
 
 

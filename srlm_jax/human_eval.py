@@ -74,7 +74,7 @@ def make(
     ValueError: there is no pair to show, or `count` is not positive.
   """
   if count < 1:
-    raise ValueError(f"prompts={count}: a page shows at least one. The paper's shows 50.")
+    raise ValueError(f"--items={count}: a page shows at least one. The paper's shows 50.")
   if not pairs:
     raise ValueError(f"{names[0]} and {names[1]} have answered no instruction in common: evaluate both on the same.")
   rng = random.Random(seed)

@@ -280,6 +280,8 @@ def compare(folders: Sequence[str], out: str) -> None:
   page = _absolute(out)
   names = [folder.rstrip("/") for folder in folders]
   found = comparison.compare([comparison.read(_absolute(name), name) for name in names])
+  if not distributed.writes():
+    return
   page.parent.mkdir(parents=True, exist_ok=True)
   artifacts.write_whole(page, comparison.html(found))
   artifacts.write_whole(page.with_suffix(".md"), comparison.markdown(found))
@@ -298,9 +300,9 @@ def human_page(
   if len(set(names)) < len(names):
     raise ValueError(f"--model and --against are both {names[0]}: name two models.")
   place = out.with_suffix(".key.json")
-  for path in (out, place):
-    if path.exists():  # Votes on an older page would lose their key.
-      raise ValueError(f"{path} is there already: choose another --out, or delete the page and its key.")
+  there = distributed.first("look for the page", lambda: [str(path) for path in (out, place) if path.exists()])
+  if there:  # Votes on an older page would lose their key.
+    raise ValueError(f"{there[0]} is there already: choose another --out, or delete the page and its key.")
   ours, theirs = (
     [one for one in done[name].read_shards("answers", records.Response) if one.sample == 0] for name in names
   )

@@ -8,8 +8,10 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import pathlib
 from typing import Any
 
+from etils import epath
 import jax
 from ml_collections import config_dict
 
@@ -18,6 +20,7 @@ from srlm_jax.nlp_results import How, Result, Results
 
 logger = logging.getLogger(__name__)
 
+FILES = (".yaml", ".yml", ".py", ".jsonl", ".csv")  # Of tasks of one's own; caches of data lie beside them, too.
 BOOTSTRAP = 1000  # Resamples for the standard error of metrics that are no means.
 
 
@@ -44,7 +47,16 @@ def how_to_ask(settings: config_dict.ConfigDict, task: str) -> How:
     max_length=settings.model.max_length,
     lm_eval=importlib.metadata.version("lm_eval"),
     seed=settings.seed,
+    files=_files(section.include_path),
   )
+
+
+def _files(folder: str) -> str:
+  """Digest of a folder's tasks and their data, "" without one: changed, they are other tasks."""
+  if not folder:
+    return ""
+  found = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix in FILES)
+  return artifacts.sha256("\n".join(f"{path} {artifacts.file_sha256(epath.Path(path))}" for path in found).encode())
 
 
 def task_manager(include_path: str, tasks: Sequence[str]) -> Any:

@@ -41,6 +41,7 @@ class How(pydantic.BaseModel):
     max_length: longest text in tokens.
     lm_eval: the version.
     seed: of tasks that draw.
+    files: digest of the tasks of one's own and their data; "" without any.
   """
 
   model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +53,7 @@ class How(pydantic.BaseModel):
   max_length: int
   lm_eval: str
   seed: int
+  files: str = ""
 
 
 class Result(pydantic.BaseModel):

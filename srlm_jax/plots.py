@@ -1,7 +1,8 @@
 """The report's figures: plain data in, inline SVG out.
 
 Colours become CSS variables (--ink, --line, --c1 …), so that one figure serves light and dark pages. The texts of the
-figures are our own labels and the names of models; nothing that a model wrote goes in here.
+figures are our own labels, the names of models, and the classes of a user's template; nothing that a model wrote goes
+in here.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _PIXELS = 105  # Of the page to an inch of a figure.
 
 _STYLE: Any = {
   "svg.fonttype": "none",
+  "text.parse_math": False,
   "svg.hashsalt": "srlm",
   "font.family": "sans-serif",
   "font.size": 9,

@@ -127,21 +127,14 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
     "monitors.rubric": templates.load_rubric(settings.monitors.rubric).digest,
     "monitors.refusals": safety.load_openings(settings.monitors.refusals).digest,
   }
-  watched = resolve(settings.monitors.prompts, workdir)
-  if watched and watched.exists():
-    found["monitors.prompts"] = artifacts.file_sha256(watched)
   if settings.analysis.classes:
     found["analysis.classes"] = classes.load_template(settings.analysis.classes).digest
-  vectors = resolve(settings.analysis.vectors, workdir)
-  if vectors and vectors.exists():
-    found["analysis.vectors"] = artifacts.file_sha256(vectors)
-  for name in DATA:
-    path = resolve(settings.data[name], workdir)
-    if path and not settings.data[name].startswith("world/") and path.exists():  # Missing ones: see check_start.
-      found[f"data.{name}"] = artifacts.file_sha256(path)
-  path = resolve(settings.select.path, workdir)
-  if path and not settings.select.path.startswith("world/") and path.exists():
-    found["select.path"] = artifacts.file_sha256(path)
+  named = {f"data.{name}": settings.data[name] for name in DATA}
+  named |= {"monitors.prompts": settings.monitors.prompts, "analysis.vectors": settings.analysis.vectors}
+  for key, value in {**named, "select.path": settings.select.path}.items():
+    path = resolve(value, workdir)
+    if path and not value.startswith("world/") and path.exists():  # Missing ones: see check_start.
+      found[key] = artifacts.file_sha256(path)
   return found
 
 
@@ -437,7 +430,7 @@ class _Plan:
       f"safety/{name}",
       "safety",
       (*(f"monitors.{key}" for key in keys), "evaluate.sampling", "judge", "chat", "generation.shard"),
-      {"model": name, "judge": self.judge(name)},
+      {"model": name, "judge": self.judge(name), **(self.world if c.monitors.prompts.startswith("world/") else {})},
       functools.partial(self.call(safety_stage.run), where=resolve(c.monitors.prompts, self.workdir)),
     )
 

@@ -125,7 +125,9 @@ def test_the_cache_of_verdicts_belongs_to_who_judges(tmp_path: pathlib.Path) -> 
   digests = [digest("alpaca_eval_gpt4"), digest("chatgpt"), digest("chatgpt", "http://x"), digest(str(tmp_path))]
   assert digest(str(tmp_path)) == digests[-1]
   (tmp_path / "configs.yaml").write_text("a: 2")
-  assert len({*digests, digest(str(tmp_path))}) == 5
+  other = digest(str(tmp_path))
+  (tmp_path / "prompt.txt").write_text("Which is better?")
+  assert len({*digests, other, digest(str(tmp_path)), digest(str(tmp_path / "configs.yaml"))}) == 7
 
 
 # The command.

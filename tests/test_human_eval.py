@@ -82,7 +82,7 @@ def test_the_seed_draws_instructions_and_sides() -> None:
 
 
 def test_nothing_can_be_shown_or_asked_for_in_vain() -> None:
-  with pytest.raises(ValueError, match="prompts=0: a page shows at least one"):
+  with pytest.raises(ValueError, match="--items=0: a page shows at least one"):
     made(shown=0)
   with pytest.raises(ValueError, match="m2secret and baselinesecret have answered no instruction in common"):
     made(0)

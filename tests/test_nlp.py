@@ -149,6 +149,16 @@ def test_other_weights_are_asked_again(saved: tuple[artifacts.Artifact, pathlib.
   assert nlp_results.read(other).tasks.keys() == {"piqa"}
 
 
+def test_changed_tasks_of_one_s_own_are_others(tmp_path: pathlib.Path) -> None:
+  settings = config.base()
+  settings.nlp.include_path = str(tmp_path)
+  (tmp_path / "mine.yaml").write_text("task: mine")
+  one = nlp.how_to_ask(settings, "mine")
+  assert one == nlp.how_to_ask(settings, "mine") != nlp.how_to_ask(config.base(), "mine")
+  (tmp_path / "mine.yaml").write_text("task: mine # other")
+  assert one != nlp.how_to_ask(settings, "mine")
+
+
 @pytest.mark.parametrize(
   ("changes", "tasks", "message"),
   [

@@ -26,6 +26,10 @@ def test_a_map_has_a_dot_for_each_text() -> None:
   }
 
 
+def test_a_name_with_two_dollars_is_no_formula() -> None:
+  assert "from $5_ to $9" in plots.duels([("from $5_ to $9", 0.5, 0.3, 0.2)])
+
+
 def test_curves_are_averaged_over_windows() -> None:
   rows = [{"step": step, "loss": float(step)} for step in range(1, 8)]
   assert plots.smooth(rows, points=3) == {"step": [2.0, 5.0, 7.0], "loss": [2.0, 5.0, 7.0]}

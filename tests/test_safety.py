@@ -161,6 +161,13 @@ def test_steps_of_a_run_with_prompts(tmp_path: epath.Path) -> None:
   path.unlink()
   with pytest.raises(ValueError, match=r"monitors\.prompts=.*there is no such file"):
     steps.check_start(c, place, None, [planned["safety/m2"]])
+  c.monitors.prompts = "world/files/heldout_prompts.jsonl"  # Not there when the run begins, and there when it goes on.
+  c.world.enabled = True
+  first = {step.folder: step for step in steps.plan(c, place, None)}["safety/m2"]
+  assert first.inputs == {"model": "m2", "judge": "m1", "world": "world"}
+  (place / "world" / "files").mkdir(parents=True)
+  (place / c.monitors.prompts).write_text("{}")
+  assert {step.folder: step.config for step in steps.plan(c, place, None)}["safety/m2"] == first.config
   c.monitors.canary_prompts = -1
   with pytest.raises(ValueError, match=r"monitors\.canary_prompts=-1: 0 for none"):
     steps.plan(c, place, None)

@@ -68,6 +68,19 @@ def test_validation_prompts_are_there_where_checkpoints_are_compared(smoke, file
   assert not {one.text for one in prompts} & used
 
 
+def test_checkpoints_are_not_chosen_by_the_prompts_that_measure(smoke, files, tmp_path):
+  smoke = smoke.copy_and_resolve_references()
+  smoke.select.update(judge="oracle", prompts=4)
+  chosen = run(smoke, files, tmp_path / "one").read("validation.jsonl", records.Prompt)
+  path = epath.Path(tmp_path / "measure.jsonl")
+  path.write_text(records.dumps([records.Prompt(id="x", text=chosen[0].text.upper(), source="mine")]))
+  two = run(smoke, files, tmp_path / "two", eval_prompts=path)
+  assert [one.text for one in two.read("validation.jsonl", records.Prompt)] == [one.text for one in chosen[1:]]
+  assert two.manifest()["facts"]["counts"]["validation prompts left out: held out for evaluation"] == 1
+  with pytest.raises(ValueError, match=r"1 prompt\(s\) are also held out for evaluation.*Remove them from one side"):
+    run(smoke, files, tmp_path / "three", eval_prompts=path, validation=path)
+
+
 def test_validation_prompts_of_one_s_own(smoke, files, tmp_path):
   smoke = smoke.copy_and_resolve_references()
   smoke.select.update(judge="oracle", prompts=1)

@@ -85,7 +85,11 @@ def _duels(
   for name in others:
     outcomes, unreadable = grading.grouped(grader.decide(name, pairs[name]))
     found[name] = {**dataclasses.asdict(metrics.duel(outcomes)), "unreadable": unreadable, "judge": grader.name}
-  return {"duels": found, **({"endpoint": dataclasses.asdict(grader.usage(pairs))} if grader.usage else {})}
+  if not grader.usage:
+    return {"duels": found}
+  # Of several processes each has a cache of its own, unless they share the folder: the others' replies are not counted.
+  asked = 2 * sum(map(len, pairs.values()))
+  return {"duels": found, "endpoint": {**dataclasses.asdict(grader.usage(pairs)), "asked": asked}}
 
 
 def _oracle_facts(answers: list[records.Response]) -> dict[str, Any]:
@@ -122,7 +126,8 @@ def _expects(model: artifacts.Artifact, settings: config_dict.ConfigDict, judgin
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, cache: epath.Path) -> None:
   """Writes answers, judgements and expected scores of held-out replies, and metrics.json.
 
-  Inputs: "model", "seed", "judge", "against …". `cache` is the folder in which an endpoint's replies are kept.
+  Inputs: "model", "seed", "against …", and "judge" where a model decides duels. `cache` is the folder in which an
+  endpoint's replies are kept.
   """
   section, seed = settings.evaluate, out.inputs["seed"]
   prompts = seed.read("eval_prompts.jsonl", records.Prompt)

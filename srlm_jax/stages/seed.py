@@ -42,12 +42,20 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   if where["eval_prompts"]:
     prompts = _prompts(where["eval_prompts"])[: data.eval_prompts_count]
   validation = _prompts(own)[:wanted] if own and wanted else split.validation
+  heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
+  measured = {eft.prompt_key(text) for text in heldout_texts}
+  shared = [prompt for prompt in validation if eft.prompt_key(prompt.text) in measured]
+  if own and shared:
+    raise ValueError(
+      f"{own}: {len(shared)} prompt(s) are also held out for evaluation, the first {shared[0].text[:200]!r}: "
+      "checkpoints chosen by them would be measured by them, too. Remove them from one side."
+    )
+  validation = tuple(prompt for prompt in validation if prompt not in shared)
   if wanted and not validation:
     raise ValueError(
       f"no tree is left for select.prompts={wanted}, by which checkpoints are compared: give more data.trees, prompts "
       "of your own in select.path, or select.judge='none'."
     )
-  heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
   if own:
     eft.no_overlap([ranked.prompt for ranked in split.ranked_train], [prompt.text for prompt in validation])
     eft.no_overlap([example.prompt for example in split.ift], [prompt.text for prompt in validation])
@@ -55,6 +63,8 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   if not data.overlap:
     eft.no_overlap([example.prompt for example in split.ift], heldout_texts)
   counts = {**read_counts, **{f"held out: {name}": n for name, n in heldout_counts.items()}, **split.counts}
+  if shared:
+    counts["validation prompts left out: held out for evaluation"] = len(shared)
   for reason, count in sorted(counts.items()):
     logger.info("seed: %s: %d", reason, count)
   out.write_records("ift.jsonl", split.ift)
