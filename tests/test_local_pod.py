@@ -79,14 +79,11 @@ def test_numbers_are_asked_for(tmp_path: pathlib.Path) -> None:
 
 
 def kill_in_every_stage(logs: pathlib.Path, over: threading.Event, killed: list[str]) -> None:
-  """Kills a process, each in its turn, a moment after a step has begun for the first time.
-
-  Of the steps that look closer at each model those of the last one will do.
-  """
+  """Kills a process, each in its turn, a moment after a step has begun for the first time."""
   while not over.wait(0.05):
     said = (logs / "0.log").read_text() if (logs / "0.log").exists() else ""
     step = ([""] + re.findall(r"\] (\S+): stage ", said))[-1]
-    if step and step not in killed and not re.match(r"(canaries|analysis)/(?!m2|map)", step):
+    if step and step not in killed:
       time.sleep(0.3 * len(killed) % 2)
       pids = (logs / "pids").read_text().split()
       with contextlib.suppress(ProcessLookupError):  # It may have ended just now.
