@@ -79,11 +79,12 @@ def test_numbers_are_asked_for(tmp_path: pathlib.Path) -> None:
 
 
 def kill_in_every_stage(logs: pathlib.Path, over: threading.Event, killed: list[str]) -> None:
-  """Kills a process, each in its turn, a moment after a step has begun for the first time."""
+  """Kills a process, each in its turn, a moment after a step of training or of the loop has begun the first time."""
+  others = r"world|seed|eft|eval/(baseline|m1)|report"
   while not over.wait(0.05):
     said = (logs / "0.log").read_text() if (logs / "0.log").exists() else ""
     step = ([""] + re.findall(r"\] (\S+): stage ", said))[-1]
-    if step and step not in killed:
+    if step and step not in killed and not re.fullmatch(others, step):
       time.sleep(0.3 * len(killed) % 2)
       pids = (logs / "pids").read_text().split()
       with contextlib.suppress(ProcessLookupError):  # It may have ended just now.
