@@ -8,6 +8,7 @@ CORE = [
   "absl-py>=2.5.1,<3",
   "array-record>=0.8.6,<0.9",
   "etils[epath]>=1.15,<2",
+  "filelock>=4.2,<5",
   "flax>=0.12.8,<0.13",
   "grain>=0.2.18,<0.3",
   "huggingface_hub>=2.4,<3",
@@ -60,9 +61,12 @@ EXTRAS = {
     "nbclient>=0.11,<0.12",
     OPENAI,
     "playwright>=1.65.2,<2",  # Drives a chromium that is installed already; it needs none of its own.
+    "psutil>=7.2,<8",  # What a process holds, for benchmarks/memory.py and the fault campaign.
     "pytest>=9.2,<10",
     "ruff>=0.17.6,<0.18",
   ],
+  # Coverage-guided fuzzing, for pytest -m faults; without it hypothesis does it alone.
+  "faults": ["atheris>=3.0,<4"],
   # For the parity tests alone: without it they compare with golden files. lm-eval's own backend needs accelerate.
   "torch": ["accelerate>=1.15,<2", TORCH],
   # What benchmarks/ compares with: they bring torch, and llama.cpp is built here, in about three minutes.
