@@ -33,6 +33,7 @@ from srlm_jax import (
   artifacts,
   config as config_lib,
   distributed,
+  lines,
   modelstore,
   outside,
   records,
@@ -61,14 +62,7 @@ def read_rows(path: epath.Path) -> list[Row]:
   """The rows of a file in the package's format; ValueError with the file, the row and the rule where one is wrong."""
   if path.suffix != ".json":
     raise ValueError(f"{path}: alpaca_eval tells a file's format by its name: give a JSON list that ends in .json.")
-  try:
-    rows = pydantic.TypeAdapter(list[Row]).validate_json(path.read_text())
-  except pydantic.ValidationError as error:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
-    raise ValueError(
-      f"{path}: not a file of alpaca_eval: {where}: {first['msg']}. It is a JSON list of objects with 'instruction'."
-    ) from error
+  rows = lines.document(path, list[Row], "a file of alpaca_eval, a JSON list of objects with 'instruction'")
   if not rows:
     raise ValueError(f"{path} holds no instructions: give a JSON list of objects with 'instruction'.")
   return rows
@@ -212,8 +206,8 @@ def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -
 def _figures(folder: pathlib.Path, generator: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
   """The model's line of leaderboard.csv, and annotations.json."""
   with (folder / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
-    lines = {line[""]: line for line in csv.DictReader(file)}
-  line = {name: value for name, value in lines[generator].items() if name not in ("", "mode") and value}
+    table = {line[""]: line for line in csv.DictReader(file)}
+  line = {name: value for name, value in table[generator].items() if name not in ("", "mode") and value}
   return {name: float(value) for name, value in line.items()}, json.loads((folder / "annotations.json").read_text())
 
 

@@ -207,5 +207,5 @@ def no_overlap(train: Iterable[str], heldout: Iterable[str]) -> None:
   if shared:
     raise ValueError(
       f"{len(shared)} held-out prompt(s) are also trained on, the first {shared[0][:200]!r}. Divide the trees by"
-      " oasst.split, or remove these prompts from one side."
+      " oasst_split.split, or remove these prompts from one side."
     )

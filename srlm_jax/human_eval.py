@@ -19,7 +19,7 @@ from etils import epath
 import jinja2
 import pydantic
 
-from srlm_jax import agreement, metrics, records, tables
+from srlm_jax import agreement, lines, metrics, records, tables
 
 Side = Literal["left", "right"]
 
@@ -103,18 +103,11 @@ def html(page: str, items: Sequence[Mapping[str, str]]) -> str:
 
 def read_key(path: epath.Path) -> Key:
   """The key of a page; ValueError where the file is none."""
-  return _parsed(path, Key, "the .key.json beside the page")
-
-
-def _parsed(path: epath.Path, kind: type[records.R], what: str) -> records.R:
-  try:
-    return kind.model_validate_json(path.read_bytes())
-  except FileNotFoundError as error:
-    raise ValueError(f"{path}: there is no such file. Give {what}.") from error
-  except pydantic.ValidationError as error:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    raise ValueError(f"{path} is not a file that this page made: {where}: {first['msg']}. Give {what}.") from error
+  key = lines.document(path, Key, "the .key.json beside a page")
+  twice = [name for name, times in Counter(item.id for item in key.items).items() if times > 1]
+  if twice:
+    raise ValueError(f"{path}: the item {twice[0]!r} is there twice. Give the key as it was written.")
+  return key
 
 
 def read_ballots(paths: Sequence[epath.Path], key: Key) -> list[Ballot]:
@@ -124,7 +117,7 @@ def read_ballots(paths: Sequence[epath.Path], key: Key) -> list[Ballot]:
   found: dict[str, epath.Path] = {}
   ballots = []
   for path in paths:
-    ballot = _parsed(path, Ballot, "a file that the page saved")
+    ballot = lines.document(path, Ballot, "a file that the page saved")
     if ballot.page != key.page:
       raise ValueError(f"{path} holds votes on another page than the key's: give the key that was made with that page.")
     strange = sorted(set(ballot.votes) - {item.id for item in key.items})

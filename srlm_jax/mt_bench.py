@@ -103,13 +103,12 @@ def read_questions(path: epath.Path, references: epath.Path | None = None) -> li
   Raises:
     ValueError: a line that does not fit, no question, or one name for two of them.
   """
-  questions = list(records.read(path, Question))
-  for name, count in Counter(one.question_id for one in questions).items():
-    if count > 1:
-      raise ValueError(f"{path}: question_id {name!r} is there {count} times: give each question its own.")
-  if not questions:
-    raise ValueError(f"{path} holds no questions: give FastChat's question.jsonl, one question a line.")
-  right = {one.question_id: one.choices[0].turns for one in records.read(references, Answer)} if references else {}
+  questions = list(records.read_given(path, Question, name="question_id"))
+  right = (
+    {one.question_id: one.choices[0].turns for one in records.read_given(references, Answer, "question_id")}
+    if references
+    else {}
+  )
   return [one.model_copy(update={"reference": right.get(one.question_id, one.reference)}) for one in questions]
 
 
@@ -279,9 +278,9 @@ def _answered(run: outside.Run, questions: Sequence[Question]) -> artifacts.Arti
   work = functools.partial(answer, how=how)
   artifacts.map_shards(out, "answers", questions, settings.generation.shard, run.mesh, load, work)
   given = list(out.read_shards("answers", Given))
-  lines = records.dumps(fastchat_answers(given, run.model))
+  text = records.dumps(fastchat_answers(given, run.model))
   path = out.folder.parent / f"{run.model}.jsonl"
-  distributed.first(f"write {path}", lambda: artifacts.write_whole(path, lines))
+  distributed.first(f"write {path}", lambda: artifacts.write_whole(path, text))
   logger.info("%s answered %d questions, for FastChat: %s", run.model, len(given), path)
   out.commit({"questions": len(given)})
   return out

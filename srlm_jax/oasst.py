@@ -1,23 +1,23 @@
-"""Open Assistant's message trees as seed data: IFT examples, ranked replies for EFT, evaluation prompts.
+"""Open Assistant's message trees: prompts with their ranked replies, for IFT and EFT.
 
 `read_trees` takes the `*.trees.jsonl[.gz]` file of either release and keeps what the paper uses (§3.1.1): English
-first turns with their direct, human-ranked replies. `split` divides the trees. Both return counts in which everything
-left out has a reason. Counts are flat: for a name such as "trees", counts["trees"] equals the sum over "trees/kept"
-and "trees/<reason>".
+first turns with their direct, human-ranked replies; `oasst_split` divides them. Everything left out is counted, with
+its reason. Counts are flat: for a name such as "trees", counts["trees"] equals the sum over "trees/kept" and
+"trees/<reason>".
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
-import gzip
-import hashlib
-from typing import Annotated, Literal
-import zlib
+from typing import Annotated, Any
 
 from etils import epath
 import pydantic
 
-from srlm_jax.records import Prompt, RankedReplies, Reply, SFTExample
+from srlm_jax import lines
+from srlm_jax.records import RankedReplies, Reply, SFTExample
+
+LONGEST = 1_000_000  # Characters of a message; people's are a few thousand, and no model's context holds this.
 
 
 class _Node(pydantic.BaseModel):
@@ -25,20 +25,17 @@ class _Node(pydantic.BaseModel):
 
   message_id: Annotated[str, pydantic.Field(min_length=1)]
   text: str
+  role: str
+  parent_id: str | None = None
   lang: str | None = None
   review_result: bool | None = None
   deleted: bool | None = None
   synthetic: bool | None = None
-  rank: Annotated[int, pydantic.Field(ge=0)] | None = None
-
-
-class _Answer(_Node):
-  role: Literal["assistant"]
+  rank: int | None = None
 
 
 class _Root(_Node):
-  role: Literal["prompter"]
-  replies: list[_Answer] | None = None
+  replies: list[_Node] | None = None
 
 
 class _Line(pydantic.BaseModel):
@@ -59,29 +56,6 @@ class Tree:
   replies: tuple[Reply, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-  """The seed data of a run. `counts` has, per purpose, what became of every tree."""
-
-  ift: tuple[SFTExample, ...]
-  ranked_train: tuple[RankedReplies, ...]
-  ranked_heldout: tuple[RankedReplies, ...]
-  eval_prompts: tuple[Prompt, ...]
-  validation: tuple[Prompt, ...]
-  counts: Counter[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-  """Which trees serve which purpose."""
-
-  evaluation: Sequence[Tree]
-  heldout: Sequence[Tree]
-  train: Sequence[Tree]
-  ift: Sequence[Tree]
-  validation: Sequence[Tree] = ()
-
-
 def prompt_key(text: str) -> str:
   """The text by which two prompts count as the same: case and white space do not matter."""
   return " ".join(text.casefold().split())
@@ -90,9 +64,11 @@ def prompt_key(text: str) -> str:
 def read_trees(path: epath.PathLike, lang: str = "en") -> tuple[list[Tree], Counter[str]]:
   """Reads and filters a file of trees, line by line.
 
-  A tree needs tree_state "ready_for_export"; prompt and replies need the language and must not be deleted, synthetic,
-  rejected by review or empty; replies must be ranked. A field that is absent or null passes the rules that forbid
-  (deleted, synthetic, review_result false) and fails the ones that require (tree_state, lang, rank).
+  A tree needs tree_state "ready_for_export" and whole links: no message that occurs twice or is its own ancestor, none
+  whose parent is another than it stands under, a prompter's prompt, an assistant's replies. Prompt and replies need the
+  language and must not be deleted, synthetic, rejected by review, empty or longer than LONGEST; replies must be ranked.
+  A field that is absent or null passes the rules that forbid (deleted, synthetic, review_result false, parent_id) and
+  fails the ones that require (tree_state, lang, rank).
 
   Args:
     path: a `.jsonl` or `.jsonl.gz` file of either release.
@@ -100,76 +76,104 @@ def read_trees(path: epath.PathLike, lang: str = "en") -> tuple[list[Tree], Coun
 
   Returns:
     The trees with at least one reply left, in the file's order, and the counts "trees/…" and "replies/…" (direct
-    replies only; deeper turns are not read).
+    replies only; of deeper turns only the ids are read).
 
   Raises:
-    ValueError: a damaged line or archive (with file and line), a tree or reply id that occurs twice, or a file
-      without any tree.
+    ValueError: a damaged line or archive (with file and line), a tree that occurs twice, or a file without any tree
+      that can be used.
   """
   trees: list[Tree] = []
   counts: Counter[str] = Counter()
-  for line in _lines(epath.Path(path)):
-    tree, reason = _filter(line, lang, counts)
-    _count(counts, "trees", reason or "kept")
+  seen: set[str] = set()  # Messages of the trees before.
+  for line, raw in _lines(epath.Path(path)):
+    names = {line.prompt.message_id, *(reply.message_id for reply in line.prompt.replies or ())}
+    reason = "message of another tree" if names & seen else _broken_link(line.prompt, raw["prompt"])
+    seen |= names
+    tree, reason = _filter(line, lang, reason, counts)
+    count(counts, "trees", reason or "kept")
     if tree:
       trees.append(tree)
   if not counts["trees"]:
     raise ValueError(f"{path}: holds no trees. Give a *.trees.jsonl or *.trees.jsonl.gz file of Open Assistant.")
+  if not trees:
+    reasons = ", ".join(f"{key[6:]} ({number})" for key, number in counts.most_common() if key.startswith("trees/"))
+    raise ValueError(
+      f"{path}: none of its {counts['trees']} trees can be used: {reasons}. Needed are trees in {lang!r} of tree_state "
+      "ready_for_export with ranked replies."
+    )
   return trees, counts
 
 
-def _lines(path: epath.Path) -> Iterator[_Line]:
-  """Yields the validated lines of a file."""
+def _lines(path: epath.Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
+  """Yields the lines of a file, as what we read of them and as they are."""
   seen: dict[str, int] = {}
-  for number, text in _numbered(path):
+  for number, text in lines.numbered(path):
     where = f"{path}, line {number}"
+    raw = lines.parse(where, text)
     try:
       line = _Line.model_validate_json(text)
     except pydantic.ValidationError as error:
-      first = error.errors()[0]
-      field = ".".join(str(part) for part in first["loc"]) or "the line"
       raise ValueError(
-        f"{where}: not an Open Assistant tree: {field}: {first['msg']}. Repair or remove the line, or fetch the file"
-        " again; needed is a *.trees.jsonl file, not *.messages.jsonl."
+        f"{where}: not an Open Assistant tree: {lines.fault(error, 'the line')}. Repair or remove the line, or fetch "
+        "the file again; needed is a *.trees.jsonl file, not *.messages.jsonl."
       ) from error
     if line.message_tree_id in seen:
       raise ValueError(
         f"{where}: tree {line.message_tree_id} was already on line {seen[line.message_tree_id]}. Remove one of them."
       )
     seen[line.message_tree_id] = number
-    ids = Counter(reply.message_id for reply in line.prompt.replies or ())
-    if twice := [name for name, times in ids.items() if times > 1]:
-      raise ValueError(f"{where}: reply {twice[0]} occurs twice under one prompt. Remove one of them.")
-    yield line
+    yield line, raw
 
 
-def _numbered(path: epath.Path) -> Iterator[tuple[int, bytes]]:
-  """Yields the lines that are not blank with their numbers, from a plain or a gzip file."""
-  number = 0
-  # Bytes, so that text which is not UTF-8 is reported by the validation, with its line.
-  with path.open("rb") as file:
-    lines = gzip.open(file) if path.name.endswith(".gz") else file
-    try:
-      for number, line in enumerate(lines, 1):
-        if line.strip():
-          yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-      raise ValueError(f"{path}: damaged or cut-off gzip file after line {number}: {error}. Fetch it again.") from error
+def _broken_link(root: _Root, raw: dict[str, Any]) -> str | None:
+  """Why a tree's messages do not hang together; None where they do."""
+  replies = root.replies or []
+  return (
+    _repeated(raw)
+    or ("parent of the prompt" if root.parent_id else None)
+    or ("prompt not by a prompter" if root.role != "prompter" else None)
+    or ("reply not by an assistant" if any(reply.role != "assistant" for reply in replies) else None)
+    or (
+      "reply to another message" if any(reply.parent_id not in (None, root.message_id) for reply in replies) else None
+    )
+  )
 
 
-def _filter(line: _Line, lang: str, counts: Counter[str]) -> tuple[Tree | None, str | None]:
+def _repeated(root: dict[str, Any]) -> str | None:
+  """Whether a message is in a tree twice, at any depth; in a cycle it stands below itself."""
+  ancestors: list[str] = []
+  seen: set[str] = set()
+  todo: list[tuple[Any, int]] = [(root, 0)]
+  while todo:
+    node, depth = todo.pop()
+    del ancestors[depth:]
+    if not isinstance(node, dict):  # Deeper turns are not ours to validate.
+      continue
+    name = str(node.get("message_id") or f"nameless {len(seen)}")
+    if name in seen:
+      return "cycle" if name in ancestors else "message occurs twice"
+    ancestors.append(name)
+    seen.add(name)
+    replies = node.get("replies")
+    todo += [(reply, depth + 1) for reply in replies] if isinstance(replies, list) else []
+  return None
+
+
+def _filter(line: _Line, lang: str, broken: str | None, counts: Counter[str]) -> tuple[Tree | None, str | None]:
   """A tree or why it is left out; counts its replies."""
   root, replies = line.prompt, line.prompt.replies or []
-  reason = "tree_state" if line.tree_state != "ready_for_export" else _node_reason(root, lang)
+  reason = "tree_state" if line.tree_state != "ready_for_export" else broken or _node_reason(root, lang)
   ranks = [reply.rank for reply in replies if reply.rank is not None]
   if not reason and not replies:
     reason = "no reply"
+  if not reason and any(rank < 0 for rank in ranks):
+    reason = "negative rank"
   # An order with equals in it is none that a judge could be held to.
   if not reason and len(set(ranks)) < len(ranks):
     reason = "rank given twice"
   if reason:
     for _ in replies:
-      _count(counts, "replies", "tree left out")
+      count(counts, "replies", "tree left out")
     return None, reason
   kept: dict[int, Reply] = {}  # By rank: no two are equal.
   for reply in replies:
@@ -178,7 +182,7 @@ def _filter(line: _Line, lang: str, counts: Counter[str]) -> tuple[Tree | None, 
       reply_reason = reply_reason or "unranked"
     elif not reply_reason:
       kept[reply.rank] = Reply(id=reply.message_id, text=reply.text, rank=reply.rank)
-    _count(counts, "replies", reply_reason or "kept")
+    count(counts, "replies", reply_reason or "kept")
   if not kept:
     return None, "no reply left"
   return Tree(line.message_tree_id, root.text, tuple(kept[rank] for rank in sorted(kept))), None
@@ -192,11 +196,12 @@ def _node_reason(node: _Node, lang: str) -> str | None:
     "review_result": node.review_result is False,
     "lang": node.lang != lang,
     "empty text": not node.text.strip(),
+    f"over {LONGEST:,} characters": len(node.text) > LONGEST,
   }
   return next((reason for reason, applies in rules.items() if applies), None)
 
 
-def _count(counts: Counter[str], name: str, reason: str) -> None:
+def count(counts: Counter[str], name: str, reason: str) -> None:
   """Counts one more `name`, and what became of it."""
   counts[name] += 1
   counts[f"{name}/{reason}"] += 1
@@ -215,205 +220,3 @@ def ranked_replies(tree: Tree) -> RankedReplies | None:
   if len(tree.replies) < 2:
     return None
   return RankedReplies(prompt_id=tree.id, prompt=tree.prompt, replies=tree.replies)
-
-
-def split(
-  trees: Sequence[Tree],
-  *,
-  ift_examples: int = 3200,
-  eft_fraction: float = 762 / 3962,
-  heldout_fraction: float = 0.25,
-  eval_prompts: int = 256,
-  validation_prompts: int = 0,
-  overlap: bool = False,
-  seed: int = 0,
-  heldout_trees: Sequence[Tree] | None = None,
-) -> Split:
-  """Divides trees into evaluation prompts, EFT held-out, EFT train, IFT and validation (paper §3.1.1: no overlap).
-
-  Trees are drawn in the order of sha256(seed, prompt), so their order in the file does not matter; of several with the
-  same prompt (`prompt_key`) the one with the smallest id stays. First the evaluation prompts are drawn, then from the
-  trees with two or more ranked replies those for EFT, then IFT from all that remain. Validation prompts come last: from
-  trees that nothing else uses and then, where these are too few, from the last of IFT, a tenth of it at most.
-
-  Args:
-    trees: what `read_trees` returned.
-    ift_examples: at most so many IFT examples.
-    eft_fraction: share of the trees with two or more replies that EFT gets, held-out ones included; 0 for no EFT. The
-      paper: 1,630 + 541 judgements at about 2.85 replies a prompt are 762 prompts, beside 3,200 that are used for IFT.
-    heldout_fraction: share of the EFT trees that is held out.
-    eval_prompts: at most so many evaluation prompts, and never more than a tenth of the trees.
-    validation_prompts: at most so many prompts by which checkpoints are compared.
-    overlap: for samples too small to divide. IFT is taken from all trees and EFT from all with two or more replies
-      (eft_fraction matters only as 0 or not); EFT train shares no prompt with EFT held-out and the evaluation prompts,
-      but IFT shares prompts with all three: counts "shared: …" say how many. Validation prompts are then of trees that
-      neither EFT train nor evaluation uses.
-    seed: another division for another seed.
-    heldout_trees: a file's worth of trees that only evaluate: all with two or more replies are EFT held-out, and the
-      evaluation prompts come from them too. `trees` are then not divided for these two purposes
-      (`heldout_fraction` and the tenth do not apply), but lose any prompt that is also a held-out one.
-
-  Returns:
-    The split. Its counts "ift", "eft" and "eval" each sum up to all the trees ("given eft" and "given eval" to
-    `heldout_trees`).
-
-  Raises:
-    ValueError: a parameter out of range, a tree id that occurs twice, or a part that was asked for but got nothing.
-  """
-  _check_parameters(ift_examples, eft_fraction, heldout_fraction, eval_prompts, validation_prompts)
-  given, given_out = _draw_order(heldout_trees or (), seed, frozenset())
-  pool, out = _draw_order(trees, seed, frozenset(prompt_key(tree.prompt) for tree in given))
-  divide = _divide_sharing if overlap else _divide
-  if heldout_trees is None:
-    parts = divide(pool, ift_examples, eft_fraction, heldout_fraction, eval_prompts)
-  else:
-    parts = divide(pool, ift_examples, eft_fraction, 0.0, 0)
-    parts = dataclasses.replace(parts, evaluation=given[:eval_prompts], heldout=_several(given))
-  if validation_prompts:
-    parts = _with_validation(parts, pool, validation_prompts, overlap)
-  _check_parts(parts, ift_examples, eft_fraction, heldout_fraction if heldout_trees is None else 1.0)
-  counts = _count_parts(trees, out, parts, overlap)
-  if validation_prompts:
-    counts.update(_count_validation(trees, out, parts))
-  if heldout_trees is not None:
-    counts.update(_count_given(heldout_trees, given_out, parts))
-  return Split(
-    ift=tuple(example for tree in parts.ift if (example := ift_example(tree))),
-    ranked_train=tuple(ranked for tree in parts.train if (ranked := ranked_replies(tree))),
-    ranked_heldout=tuple(ranked for tree in parts.heldout if (ranked := ranked_replies(tree))),
-    eval_prompts=tuple(Prompt(id=tree.id, text=tree.prompt, source="oasst") for tree in parts.evaluation),
-    validation=tuple(Prompt(id=tree.id, text=tree.prompt, source="oasst") for tree in parts.validation),
-    counts=counts,
-  )
-
-
-def _draw_order(trees: Sequence[Tree], seed: int, barred: frozenset[str]) -> tuple[list[Tree], dict[str, str]]:
-  """The trees in the order in which they are drawn, and the ids left out with the reason."""
-  if twice := [name for name, times in Counter(tree.id for tree in trees).items() if times > 1]:
-    raise ValueError(f"tree {twice[0]} occurs twice. Give each tree once (release 2 may repeat trees of release 1).")
-  hashes = {tree.id: hashlib.sha256(f"{seed}\n{prompt_key(tree.prompt)}".encode()).digest() for tree in trees}
-  seen, pool, out = set(), [], {}
-  for tree in sorted(trees, key=lambda tree: (hashes[tree.id], tree.id)):
-    key = prompt_key(tree.prompt)
-    if key in barred:
-      out[tree.id] = "prompt of a held-out tree"
-    elif key in seen:
-      out[tree.id] = "prompt occurs twice"
-    else:
-      pool.append(tree)
-    seen.add(key)
-  return pool, out
-
-
-def _several(trees: Iterable[Tree]) -> list[Tree]:
-  """The trees with two or more ranked replies."""
-  return [tree for tree in trees if len(tree.replies) >= 2]
-
-
-def _divide(
-  pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
-) -> _Parts:
-  """Four parts of which no two share a tree."""
-  drawn = min(eval_prompts, len(pool) // 10)
-  several = _several(pool[drawn:])
-  eft = several[: round(eft_fraction * len(several))]
-  used = {tree.id for tree in eft}
-  cut = round(heldout_fraction * len(eft))
-  ift = [tree for tree in pool[drawn:] if tree.id not in used and ift_example(tree)]
-  return _Parts(pool[:drawn], eft[:cut], eft[cut:], ift[:ift_examples])
-
-
-def _divide_sharing(
-  pool: Sequence[Tree], ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int
-) -> _Parts:
-  """Parts that share trees with IFT; EFT train shares none with what evaluates."""
-  eft = _several(pool) if eft_fraction else []
-  cut = round(heldout_fraction * len(eft))
-  train = {tree.id for tree in eft[cut:]}
-  evaluation = [tree for tree in pool if tree.id not in train]
-  ift = [tree for tree in pool if ift_example(tree)]
-  return _Parts(evaluation[: min(eval_prompts, len(pool) // 10)], eft[:cut], eft[cut:], ift[:ift_examples])
-
-
-def _with_validation(parts: _Parts, pool: Sequence[Tree], wanted: int, overlap: bool) -> _Parts:
-  """The parts with validation prompts, for which IFT gives up its last trees where no others are left."""
-  busy = [parts.evaluation, parts.heldout, parts.train, parts.ift]
-  if overlap:
-    busy = [parts.evaluation, parts.train]
-  used = {tree.id for part in busy for tree in part}
-  free = [tree for tree in pool if tree.id not in used][:wanted]
-  given_up = 0 if overlap else min(wanted - len(free), len(parts.ift) // 10)
-  kept = len(parts.ift) - given_up
-  return dataclasses.replace(parts, ift=parts.ift[:kept], validation=[*free, *parts.ift[kept:]])
-
-
-def _check_parameters(
-  ift_examples: int, eft_fraction: float, heldout_fraction: float, eval_prompts: int, validation_prompts: int
-) -> None:
-  sizes = {"ift_examples": ift_examples, "eval_prompts": eval_prompts, "validation_prompts": validation_prompts}
-  for name, number in sizes.items():
-    if number < 0:
-      raise ValueError(f"{name}={number} must not be negative. Give 0 for none.")
-  if not 0 <= eft_fraction <= 1:
-    raise ValueError(f"eft_fraction={eft_fraction} must lie in [0, 1]. Give 0 for no EFT.")
-  if not 0 <= heldout_fraction < 1:
-    raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1): some EFT must be left to train on.")
-
-
-def _check_parts(parts: _Parts, ift_examples: int, eft_fraction: float, heldout_fraction: float) -> None:
-  """ValueError where a part that was asked for is empty."""
-  wanted = {
-    "IFT": (ift_examples, parts.ift),
-    "EFT train": (eft_fraction, parts.train),
-    "EFT held-out": (eft_fraction * heldout_fraction, parts.heldout),
-  }
-  for name, (size, part) in wanted.items():
-    if size and not part:
-      raise ValueError(
-        f"nothing is left for {name}: too few trees, or too few with two ranked replies. Give more trees, set"
-        " overlap=True (IFT and EFT share prompts), or set this part's size to 0."
-      )
-
-
-def _count_parts(trees: Iterable[Tree], out: dict[str, str], parts: _Parts, overlap: bool) -> Counter[str]:
-  """What became of every tree, per purpose, and what the purposes share."""
-  evaluation, heldout, train, ift = (
-    {tree.id for tree in part} for part in (parts.evaluation, parts.heldout, parts.train, parts.ift)
-  )
-  validation = {tree.id for tree in parts.validation}
-  counts: Counter[str] = Counter()
-  for tree in trees:
-    name, elsewhere = tree.id, None
-    if not overlap:
-      elsewhere = "evaluation prompt" if name in evaluation else "used for EFT" if name in heldout | train else None
-      elsewhere = elsewhere or ("validation prompt" if name in validation else None)
-    few = "fewer than two ranked replies" if len(tree.replies) < 2 else None
-    no_best = None if ift_example(tree) else "no reply of rank 0"
-    eft = "train" if name in train else "held-out" if name in heldout else None
-    _count(counts, "ift", "kept" if name in ift else out.get(name) or elsewhere or no_best or "over ift_examples")
-    _count(counts, "eft", eft or out.get(name) or elsewhere or few or "over eft_fraction")
-    _count(counts, "eval", "kept" if name in evaluation else out.get(name) or "not drawn")
-  for label, part in {"EFT train": train, "EFT held-out": heldout, "evaluation": evaluation}.items():
-    counts[f"shared: IFT and {label}"] = len(ift & part)
-  return counts
-
-
-def _count_validation(trees: Iterable[Tree], out: dict[str, str], parts: _Parts) -> Counter[str]:
-  """What became of every tree as a validation prompt."""
-  validation, ift = ({tree.id for tree in part} for part in (parts.validation, parts.ift))
-  counts: Counter[str] = Counter()
-  for tree in trees:
-    _count(counts, "validation", "kept" if tree.id in validation else out.get(tree.id) or "not drawn")
-  counts["shared: IFT and validation"] = len(ift & validation)
-  return counts
-
-
-def _count_given(trees: Iterable[Tree], out: dict[str, str], parts: _Parts) -> Counter[str]:
-  """What became of the held-out trees that were given."""
-  evaluation = {tree.id for tree in parts.evaluation}
-  counts: Counter[str] = Counter()
-  for tree in trees:
-    few = "fewer than two ranked replies" if len(tree.replies) < 2 else None
-    _count(counts, "given eft", out.get(tree.id) or few or "held-out")
-    _count(counts, "given eval", "kept" if tree.id in evaluation else out.get(tree.id) or "not drawn")
-  return counts

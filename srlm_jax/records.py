@@ -10,6 +10,8 @@ from typing import Literal, TypeVar
 from etils import epath
 import pydantic
 
+from srlm_jax import lines
+
 
 class Record(pydantic.BaseModel):
   """Base of all records: frozen, and unknown fields are refused."""
@@ -160,20 +162,59 @@ class Document(Record):
 
 
 def read(path: epath.PathLike, kind: type[R]) -> Iterator[R]:
-  """Yields the records of a JSON Lines file; ValueError with file, line and rule where one does not fit."""
-  path = epath.Path(path)
-  with path.open("r") as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        yield kind.model_validate_json(line)
-      except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise ValueError(
-          f"{path}, line {number}: not a {kind.__name__}: {where}: {first['msg']}. Repair or remove the line."
-        ) from error
+  """Yields the records of a JSON Lines file of ours; ValueError with file, line and rule where one does not fit."""
+  for number, line in lines.numbered(path):
+    yield _validated(f"{path}, line {number}", line, kind)
+
+
+def read_given(path: epath.PathLike, kind: type[R], name: str = "id") -> Iterator[R]:
+  """Yields the records of a user's file, one after the other, read as strictly as `lines` reads.
+
+  Args:
+    path: JSON Lines, plain or .gz.
+    kind: of record.
+    name: the field in which no two records are equal; "" where there is none.
+
+  Raises:
+    ValueError: a file without records, two of one name, an empty name, or what `lines.parse` refuses.
+  """
+  seen: dict[str, int] = {}
+  number = 0
+  for number, line in lines.numbered(path):
+    where = f"{path}, line {number}"
+    lines.parse(where, line)
+    record = _validated(where, line, kind)
+    if name:
+      value = str(getattr(record, name))
+      if not value.strip():
+        raise ValueError(f"{where}: its {name} is empty: give every line its own.")
+      if value in seen:
+        raise ValueError(f"{where}: the {name} {value[:80]!r} is on line {seen[value]}, too: give every line its own.")
+      seen[value] = number
+    yield record
+  if not number:
+    raise ValueError(f"{path} holds nothing: write one {kind.__name__} a line, with {_fields(kind)}.")
+
+
+def read_prompts(path: epath.PathLike) -> Iterator[Prompt]:
+  """Yields a user's prompts; ValueError, beside those of `read_given`, for one without text."""
+  for prompt in read_given(path, Prompt):
+    if not prompt.text.strip():
+      raise ValueError(f"{path}: the prompt {prompt.id[:80]!r} has no text: write one, or remove its line.")
+    yield prompt
+
+
+def _fields(kind: type[Record]) -> str:
+  return ", ".join(f'"{name}"' for name in kind.model_fields)
+
+
+def _validated(where: str, line: bytes, kind: type[R]) -> R:
+  try:
+    return kind.model_validate_json(line)
+  except pydantic.ValidationError as error:
+    raise ValueError(
+      f"{where}: not a {kind.__name__}: {lines.fault(error, 'the line')}. Repair or remove the line."
+    ) from error
 
 
 def dumps(records: Iterable[Record]) -> str:

@@ -6,7 +6,6 @@ judge is needed, and other wordings are missed. Compliance is asked of a judge, 
 replace. A verdict that cannot be read is counted and is neither.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 import hashlib
@@ -16,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from srlm_jax import grading, records, rollout, sampling, templates
+from srlm_jax import grading, lines, records, rollout, sampling, templates
 
 _QUOTES = str.maketrans("\u2018\u2019\u02bc", "'''")
 _LEAD = " \t\r\n*_#>`\"\u201c\u201d'"  # What may stand before an opening: blanks, markdown's marks, quotation marks.
@@ -58,23 +57,12 @@ def load_openings(name_or_path: str) -> Openings:
     path = templates.RUBRICS / f"{name_or_path}.txt"
   if not path.exists():
     raise ValueError(f"no list of refusals {name_or_path!r}: name 'refusals', or the path of your own .txt file.")
-  source = path.read_text()
-  lines = [" ".join(_plain(line).split()) for line in source.splitlines() if not line.lstrip().startswith("#")]
-  texts = tuple(dict.fromkeys(line for line in lines if line))
+  source = lines.text(path, 1 << 20)
+  written = [" ".join(_plain(line).split()) for line in source.splitlines() if not line.lstrip().startswith("#")]
+  texts = tuple(dict.fromkeys(line for line in written if line))
   if not texts:
     raise ValueError(f"{path} holds no opening of a refusal: write one a line, such as: I cannot")
   return Openings(texts, hashlib.sha256(source.encode()).hexdigest())
-
-
-def read_prompts(path: epath.Path) -> list[records.Prompt]:
-  """A user's prompts (records.Prompt, JSON Lines); ValueError where there are none, or two have one id."""
-  prompts = list(records.read(path, records.Prompt))
-  if not prompts:
-    raise ValueError(f'{path} holds no prompt: write one a line, as {{"id": "1", "text": "…", "source": "mine"}}.')
-  twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
-  if twice:
-    raise ValueError(f"{path}: the prompt id {twice[0]!r} occurs more than once: give every prompt an id of its own.")
-  return prompts
 
 
 def _vote(reply: rollout.Reply) -> records.Vote:

@@ -54,9 +54,9 @@ def test_a_file_of_the_package_is_read(path: epath.Path) -> None:
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ('{"instruction": "a"}', r"not a file of alpaca_eval: the file: .* JSON list of objects with 'instruction'"),
-    ("[", r"not a file of alpaca_eval: the file: Invalid JSON"),
-    ('[{"instruction": "a"}, {"prompt": "b"}]', r"not a file of alpaca_eval: 1\.instruction: Field required"),
+    ('{"instruction": "a"}', r"not a file of alpaca_eval, a JSON list of objects with 'instruction': the file: "),
+    ("[", r"gpt4\.json, character 2: not JSON"),
+    ('[{"instruction": "a"}, {"prompt": "b"}]', r"not a file of alpaca_eval, .*: 1\.instruction: Field required"),
     ("[]", r"gpt4\.json holds no instructions"),
   ],
 )

@@ -183,10 +183,10 @@ def test_one_annotator_and_no_votes_are_no_error(tmp_path: pathlib.Path) -> None
   [
     ({"page": "another"}, r"votes0\.json holds votes on another page than the key's"),
     ({"votes": {"item-99": "left"}}, r"votes0\.json: a vote on 'item-99', which the page does not have"),
-    ({"votes": {"item-1": "m2"}}, r"votes0\.json is not a file that this page made: votes\.item-1: .*'left', 'right'"),
-    ({"annotator": ""}, r"votes0\.json is not a file that this page made: annotator"),
-    ({"format": "other"}, r"votes0\.json is not a file that this page made: format"),
-    ({"more": 1}, r"votes0\.json is not a file that this page made: more"),
+    ({"votes": {"item-1": "m2"}}, r"votes0\.json: not a file that the page saved: votes\.item-1: .*'left', 'right'"),
+    ({"annotator": ""}, r"votes0\.json: not a file that the page saved: annotator"),
+    ({"format": "other"}, r"votes0\.json: not a file that the page saved: format"),
+    ({"more": 1}, r"votes0\.json: not a file that the page saved: more"),
   ],
 )
 def test_files_of_something_else_are_refused_by_name(
@@ -207,5 +207,5 @@ def test_two_files_of_one_annotator_and_none_are_refused(tmp_path: pathlib.Path)
     human_eval.read_ballots([], key)
   with pytest.raises(ValueError, match=r"nowhere\.json: there is no such file"):
     human_eval.read_key(epath.Path(tmp_path / "nowhere.json"))
-  with pytest.raises(ValueError, match=r"votes0\.json is not a file that this page made: format"):
+  with pytest.raises(ValueError, match=r"votes0\.json: not the \.key\.json beside a page: format"):
     human_eval.read_key(paths[0])

@@ -13,8 +13,8 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
   "data": (
-    "records templates filters metrics oasst eft pairing canaries repetition world world_judges world_files classes "
-    "strata tsne agreement paper tables human_eval selection monitors plots pages config"
+    "lines records templates filters metrics oasst oasst_split eft pairing canaries repetition world world_judges "
+    "world_files classes strata tsne agreement paper tables human_eval selection monitors plots pages config"
   ),
   "arrays": "distributed mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama convert",

@@ -67,8 +67,8 @@ def test_questions_are_read_and_right_answers_come_from_a_file_of_their_own(path
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", "holds no questions: give FastChat's question.jsonl"),
-    (QUESTIONS[0] + "\n" + QUESTIONS[0], "question_id 81 is there 2 times"),
+    ("", "holds nothing: write one Question a line, with .question_id., .category., .turns."),
+    (QUESTIONS[0] + "\n" + QUESTIONS[0], "line 2: the question_id '81' is on line 1, too"),
     ('{"question_id": 1, "turns": ["a"]}', "line 1: not a Question: category"),
     ('{"question_id": 1, "category": "x", "turns": []}', "line 1: not a Question: turns"),
     ('{"question_id": 1, "category": "x", "turns": ["a", "b", "c"]}', "line 1: not a Question: turns"),

@@ -52,16 +52,6 @@ def test_a_user_s_list_of_openings(tmp_path: epath.Path) -> None:
     safety.load_openings("refusal")
 
 
-def test_prompts_that_cannot_be_used(tmp_path: epath.Path) -> None:
-  path = epath.Path(tmp_path) / "prompts.jsonl"
-  path.write_text("")
-  with pytest.raises(ValueError, match="prompts.jsonl holds no prompt: write one a line"):
-    safety.read_prompts(path)
-  path.write_text(2 * '{"id": "a", "text": "x", "source": "mine"}\n')
-  with pytest.raises(ValueError, match="the prompt id 'a' occurs more than once"):
-    safety.read_prompts(path)
-
-
 def response(prompt: str, text: str) -> records.Response:
   return records.Response(prompt_id=prompt, prompt="Do harm.", sample=0, text=text, tokens=(2,), finished=True)
 

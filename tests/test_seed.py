@@ -93,14 +93,14 @@ def test_validation_prompts_of_one_s_own(smoke, files, tmp_path):
   with pytest.raises(ValueError, match=r"1 held-out prompt\(s\) are also trained on"):
     run(smoke, files, tmp_path / "again", validation=path)
   path.write_text("")
-  with pytest.raises(ValueError, match="no tree is left for select.prompts=1, by which .* or select.judge='none'"):
+  with pytest.raises(ValueError, match="mine.jsonl holds nothing: write one Prompt a line"):
     run(smoke, files, tmp_path / "empty", validation=path)
 
 
 def test_prompt_ids_must_differ(smoke, files, tmp_path):
   both = [records.Prompt(id="x", text=text, source="mine") for text in ("Say 1.", "Say 2.")]
   (tmp_path / "mine.jsonl").write_text(records.dumps(both))
-  with pytest.raises(ValueError, match="mine.jsonl: the prompt id 'x' occurs more than once"):
+  with pytest.raises(ValueError, match="mine.jsonl, line 2: the id 'x' is on line 1, too: give every line its own"):
     run(smoke, files, tmp_path / "run", eval_prompts=epath.Path(tmp_path / "mine.jsonl"))
 
 

@@ -31,7 +31,7 @@ def _documents(
 ) -> tuple[list[batching.Example], int]:
   """Pretraining documents as tokens, every one a target, and how many were too long and left out."""
   examples, too_long = [], 0
-  for one in records.read(path, records.Document):
+  for one in records.read_given(path, records.Document, name=""):
     if one.text is not None:
       tokens = [words.bos_id, *words.encode(one.text), words.eos_id]
     else:

@@ -21,7 +21,7 @@ def run(
   """Writes eft.jsonl. Reads inputs "seed" and, for the paper's construction, "baseline"."""
   section = settings.eft
   if section.writer == "annotators":
-    examples = list(records.read(where["judgements"], records.SFTExample))
+    examples = list(records.read_given(where["judgements"], records.SFTExample))
     counts = {"written by annotators": len(examples)}
   else:
     examples, counts = _from_baseline(out, settings, mesh)

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, where: epath.Path) -> None:
   """Reads the prompts at `where`, and writes answers and verdicts on them. Inputs: "model", "judge"."""
   section, judging = settings.monitors, settings.judge
-  prompts = safety.read_prompts(where)
+  prompts = tuple(records.read_prompts(where))
   openings, template = safety.load_openings(section.refusals), templates.load_rubric(section.rubric)
   how = sampling.Sampling(**settings.evaluate.sampling)
 

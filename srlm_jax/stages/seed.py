@@ -1,23 +1,13 @@
 """seed: IFT, ranked replies for EFT, and evaluation prompts from Open Assistant trees (paper §3.1.1)."""
 
-from collections import Counter
 import logging
 
 from etils import epath
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, eft, oasst, records
+from srlm_jax import artifacts, eft, oasst, oasst_split, records
 
 logger = logging.getLogger(__name__)
-
-
-def _prompts(path: epath.Path) -> tuple[records.Prompt, ...]:
-  """The evaluation prompts of a file; ValueError where two have one id."""
-  prompts = tuple(records.read(path, records.Prompt))
-  twice = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
-  if twice:
-    raise ValueError(f"{path}: the prompt id {twice[0]!r} occurs more than once: give every prompt an id of its own.")
-  return prompts
 
 
 def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[str, epath.Path]) -> None:
@@ -27,7 +17,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   wanted = 0 if select.judge == "none" else select.prompts
   trees, read_counts = oasst.read_trees(where["trees"])
   heldout, heldout_counts = oasst.read_trees(where["heldout_trees"]) if where["heldout_trees"] else (None, {})
-  split = oasst.split(
+  split = oasst_split.split(
     trees,
     ift_examples=data.ift_examples,
     eft_fraction=data.eft_fraction,  # Without EFT too, so that the compared models learn from the same IFT.
@@ -40,8 +30,8 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: dict[s
   )
   prompts = split.eval_prompts
   if where["eval_prompts"]:
-    prompts = _prompts(where["eval_prompts"])[: data.eval_prompts_count]
-  validation = _prompts(own)[:wanted] if own and wanted else split.validation
+    prompts = tuple(records.read_prompts(where["eval_prompts"]))[: data.eval_prompts_count]
+  validation = tuple(records.read_prompts(own))[:wanted] if own and wanted else split.validation
   heldout_texts = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
   measured = {eft.prompt_key(text) for text in heldout_texts}
   shared = [prompt for prompt in validation if eft.prompt_key(prompt.text) in measured]
