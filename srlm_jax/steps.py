@@ -13,12 +13,12 @@ from ml_collections import config_dict
 
 from srlm_jax import (
   artifacts,
-  chat,
   classes,
   config as config_lib,
   early_stopping,
   endpoint,
   mesh as mesh_lib,
+  ranges,
   safety,
   service,
   templates,
@@ -209,35 +209,13 @@ def sampling_mesh(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh) -> 
 
 
 def check_choices(settings: config_dict.ConfigDict) -> None:
-  """ValueError for a setting that names none of its choices, before any work starts."""
-  choices = {
-    "base.kind": ("hf", "pretrain", "random"),
-    "chat": chat.KINDS,
-    "eft.writer": ("baseline", "annotators"),
-    "eft.by": ("prompt", "reply"),
-    "eft.ties": ("disagree", "agree"),
-    "prompts.writer": ("fixed", "m0", "parent"),
-    "judge.method": ("sampled", "expected"),
-    "dpo.method": ("dpo", "positive_only"),
-    "dpo.reference": ("previous", "baseline"),
-    "evaluate.grader": ("oracle", "judge", "endpoint", "none"),
-  }
-  for key, valid in choices.items():
-    value = functools.reduce(lambda section, part: section[part], key.split("."), settings)
-    if value not in valid:
-      raise artifacts.unknown(value, list(valid), key)
-  if settings.models < 1:
-    raise ValueError(f"models={settings.models}: at least 1, M1.")
+  """ValueError for settings that are out of range or contradict each other, before any work starts."""
+  ranges.check(settings)
   if settings.evaluate.grader == "oracle" and not settings.world.enabled:
     raise ValueError("evaluate.grader='oracle' grades the tiny world alone: use 'judge', 'endpoint' or 'none'.")
   select = settings.select
   if select.judge == "oracle" and not settings.world.enabled:
     raise ValueError("select.judge='oracle' judges the tiny world alone: use 'writer', 'endpoint' or 'none'.")
-  if min(select.every, select.prompts, select.patience) < 1:
-    raise ValueError(
-      f"select.every={select.every}, select.prompts={select.prompts}, select.patience={select.patience}: each must be "
-      "at least 1; select.judge='none' makes no choice among checkpoints."
-    )
   if settings.responses.sampling.stop:
     raise ValueError(
       f"responses.sampling.stop={settings.responses.sampling.stop}: answers that a string ends have no end token, and "
@@ -245,8 +223,6 @@ def check_choices(settings: config_dict.ConfigDict) -> None:
     )
   if settings.judge.method == "expected" and settings.dpo.method == "positive_only":
     raise ValueError("an expected score is never a full 5: dpo.method='positive_only' needs judge.method='sampled'.")
-  if settings.monitors.canary_prompts < 0:
-    raise ValueError(f"monitors.canary_prompts={settings.monitors.canary_prompts}: 0 for none, or a number of prompts.")
   if settings.server.url:
     config_lib.frozen(service.Service, settings.server)  # Raises for what it cannot use.
     if settings.judge.method == "expected":
