@@ -1,8 +1,12 @@
 """Packaging of srlm_jax. Lower bounds are versions that were run; `constraints/` pins whole tested sets."""
 
 import pathlib
+import runpy
 
 import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = runpy.run_path(str(HERE / "srlm_jax" / "version.py"))["VERSION"]  # Without importing what it needs.
 
 CORE = [
   "absl-py>=2.5.1,<3",
@@ -10,6 +14,7 @@ CORE = [
   "etils[epath]>=1.15,<2",
   "filelock>=4.2,<5",
   "flax>=0.12.8,<0.13",
+  "fsspec>=2026.9",
   "grain>=0.2.18,<0.3",
   "huggingface_hub>=2.4,<3",
   "importlib_resources>=7.1,<8",  # tensorflow-datasets needs it and does not declare it.
@@ -75,9 +80,9 @@ EXTRAS = {
 
 setuptools.setup(
   name="srlm_jax",
-  version="0.1.0",
+  version=VERSION,
   description="Self-Rewarding Language Models (arXiv 2401.10020) in JAX",
-  long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   license_files=["LICENSE"],

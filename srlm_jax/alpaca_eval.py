@@ -32,6 +32,7 @@ import pydantic
 from srlm_jax import (
   artifacts,
   config as config_lib,
+  digests,
   distributed,
   lines,
   modelstore,
@@ -40,6 +41,7 @@ from srlm_jax import (
   rollout,
   sampling,
   service,
+  storage,
   templates,
 )
 
@@ -80,7 +82,7 @@ def reference_name(path: epath.Path, rows: Sequence[Row]) -> str:
 
 def prompts(rows: Sequence[Row]) -> list[records.Prompt]:
   """Each instruction once, named by its own digest: equal ones have the same answer, however many rows they have."""
-  ids = {row.instruction: artifacts.sha256(row.instruction.encode())[:16] for row in rows}
+  ids = {row.instruction: digests.sha256(row.instruction.encode())[:16] for row in rows}
   return [records.Prompt(id=name, text=text, source="alpaca_eval") for text, name in ids.items()]
 
 
@@ -141,8 +143,8 @@ class Annotating:
     folder = pathlib.Path(self.config)
     folder = folder if folder.is_dir() else folder.parent
     files = sorted(one for one in folder.rglob("*") if one.is_file()) if "/" in self.config else []
-    parts = [self.config, self.url, *(f"{one} {artifacts.file_sha256(epath.Path(one))}" for one in files)]
-    return artifacts.sha256("\n".join(parts).encode())[:12]
+    parts = [self.config, self.url, *(f"{one} {digests.file_sha256(epath.Path(one))}" for one in files)]
+    return digests.sha256("\n".join(parts).encode())[:12]
 
   def arguments(self, folder: pathlib.Path, references: pathlib.Path, generator: str) -> dict[str, Any]:
     """The command's arguments: all that it writes lies in `folder`, and nothing is fetched that need not be."""
@@ -282,7 +284,7 @@ def export(run: outside.Run) -> None:
 
   def write() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_whole(path, text)
+    storage.write(path, text)
 
   distributed.first(f"write {path}", write)
   logger.info("wrote %d answers of %s for alpaca_eval: %s", len(rows), run.model, path)

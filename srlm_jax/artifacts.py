@@ -2,7 +2,11 @@
 
 A folder holds `stage.json` (written first: what it is made from), its shards (each written whole, then a small `.done`
 beside it with records, bytes and SHA-256), and `manifest.json` (written last: its presence is the only commit). What an
-artifact is made from is its configuration and its inputs' digests: a folder made from others is refused, never mixed.
+artifact is made from is its configuration, its inputs' digests and the version of the code: a folder made from others
+is refused, never mixed.
+
+All three papers are sealed (`digests.sealed`), and what is damaged is found before it is used: in a folder that is not
+finished it is deleted, with a warning, and made again (`begin`); a finished one is refused (`verify`).
 
 Of several processes all make the same calls, and process 0 alone looks at what is there and writes: a written file is
 there for all of them once the call returns.  Shards alone may be shared out (`map_shards`).
@@ -12,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import functools
-import hashlib
 import json
 import logging
 import time
@@ -22,22 +26,11 @@ from typing import Any, TypeVar
 from etils import epath
 import jax
 
-from srlm_jax import distributed, records
+from srlm_jax import digests, distributed, records, storage, version
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3  # Of the files described here; a change makes older folders refused, by name.
-
-
-def sha256(data: bytes) -> str:
-  """Hex digest of some bytes."""
-  return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: epath.Path) -> str:
-  """Hex digest of a file, read in pieces."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+FORMAT = 4  # Of the files described here; a change makes older folders refused, by name.
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,6 +42,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[prefix + key] = json.loads(json.dumps(value))
   return flat
+
+
+class Damaged(ValueError):
+  """A written file is not there as it was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +71,7 @@ class Artifact:
     """What it is made from, as stage.json holds it."""
     return {
       "format": FORMAT,
+      "code": version.VERSION,
       "config": self.config,
       "inputs": {role: artifact.digest() for role, artifact in self.inputs.items()},
     }
@@ -83,15 +81,24 @@ class Artifact:
     """Whether it is committed."""
     return distributed.first(f"look at {self.folder}", (self.folder / "manifest.json").exists)
 
+  def _paper(self, name: str) -> dict[str, Any]:
+    """What stage.json or manifest.json holds; ValueError where it is damaged, FileNotFoundError where there is none."""
+    path = self.folder / name
+    data = path.read_bytes()
+    try:
+      plain = json.loads(data)
+      if "seal" not in plain and plain["format"] in range(1, FORMAT):  # Older formats have no seals.
+        return plain
+      return digests.unseal(data)
+    except (ValueError, TypeError, KeyError) as error:  # Neither JSON nor UTF-8; another JSON; another seal.
+      raise ValueError(f"{path} is damaged ({error}): {self._remedy}.") from error
+
   @functools.cached_property
   def _manifest(self) -> dict[str, Any]:
-    path = self.folder / "manifest.json"
     try:
-      return json.loads(path.read_text())
+      return self._paper("manifest.json")
     except FileNotFoundError as error:
       raise ValueError(f"{self.folder} is not finished (it has no manifest.json): run its stage first.") from error
-    except ValueError as error:  # Neither JSON nor UTF-8.
-      raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
 
   def manifest(self) -> dict[str, Any]:
     """The committed manifest; ValueError where there is none or it is damaged."""
@@ -101,18 +108,53 @@ class Artifact:
     """Of the committed content: file digests and identity, not the time of making."""
     return self.manifest()["digest"]
 
+  @property
+  def _remedy(self) -> str:
+    return f"delete {self.folder} and run its stage again"
+
+  @functools.cached_property
+  def _problem(self) -> str:
+    return distributed.first(f"verify {self.folder}", self._find_problem)
+
+  def verify(self) -> None:
+    """ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
+
+    All of them are read, once a process: they are text and small. A model's weights are checked where they are loaded.
+    """
+    if self._problem:
+      raise ValueError(f"{self._problem}: {self._remedy}.")
+
+  def _find_problem(self) -> str:
+    """What is wrong with the files of a committed folder; "" where nothing is."""
+    for name, entry in self.manifest()["files"].items():
+      path, done = self.folder / name, self.folder / f"{name}.done"
+      for one in (path, done) if "records" in entry else (path,):  # Folders that are committed whole have no `.done`.
+        if not one.exists():
+          return f"{one} is missing"
+      if digests.file_sha256(path) != entry["sha256"]:
+        return f"{path} is damaged (its SHA-256 is not the recorded one)"
+      try:
+        if "records" in entry and self._entry(name) != entry:
+          return f"{done} is damaged (the manifest says something else)"
+      except Damaged as error:
+        return str(error)
+    return ""
+
   def check_config(self) -> None:
-    """ValueError, naming the keys, where the folder was begun with another configuration."""
-    path = self.folder / "stage.json"
-    if not path.exists():
-      return
-    try:
-      found = json.loads(path.read_text())
-    except ValueError as error:  # Neither JSON nor UTF-8.
-      raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and run its stage again.") from error
+    """ValueError, naming the keys, where the folder was begun with another configuration or by another version."""
+    if (self.folder / "stage.json").exists():
+      self._check_identity("stage.json")
+
+  def _check_identity(self, paper: str) -> None:
+    found = self._paper(paper)
     if found["format"] != FORMAT:
       raise ValueError(
         f"{self.folder} has artifact format {found['format']}, this version writes {FORMAT}: use a new --workdir."
+      )
+    if found["code"] != version.VERSION:
+      raise ValueError(
+        f"{self.folder} was made by srlm_jax {found['code']}, this is {version.VERSION}: use that version, or a new "
+        "--workdir."
       )
     theirs, ours = found["config"], self.config
     changed = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
@@ -124,25 +166,42 @@ class Artifact:
       )
 
   def begin(self) -> None:
-    """Creates the folder and its stage.json, or checks that an existing one was begun from the same things."""
+    """Creates the folder and its stage.json, or checks that an existing one was begun from the same things.
+
+    All inputs are verified first, and the folder itself, if it is finished; in one that is not, what is damaged is
+    deleted, so that it is made again.
+    """
     self.check_config()
-    path = self.folder / "stage.json"
     identity = self.identity()
-    if distributed.first(f"look at {path}", path.exists):
-      found = json.loads(path.read_text())["inputs"]
-      changed = sorted(
-        role for role in {*found, *identity["inputs"]} if found.get(role) != identity["inputs"].get(role)
+    for paper in ("manifest.json", "stage.json"):
+      if distributed.first(f"look at {self.folder / paper}", (self.folder / paper).exists):
+        self._check_identity(paper)
+        self._check_inputs(self._paper(paper)["inputs"], identity["inputs"])
+    for artifact in self.inputs.values():
+      artifact.verify()
+    if self.done:
+      self.verify()
+      return
+    distributed.first(f"begin {self.folder}", lambda: self._begin(identity))
+
+  def _check_inputs(self, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    changed = sorted(role for role in {*found, *wanted} if found.get(role) != wanted.get(role))
+    if changed:
+      sources = ", ".join(f"{role} ({self.inputs[role].folder})" if role in self.inputs else role for role in changed)
+      raise ValueError(
+        f"{self.folder} was made from other inputs: {sources} changed since. Delete {self.folder} (and what follows "
+        "from it) to make it again."
       )
-      if changed:
-        sources = ", ".join(f"{role} ({self.inputs[role].folder})" if role in self.inputs else role for role in changed)
-        raise ValueError(
-          f"{self.folder} was made from other inputs: {sources} changed since. Delete {self.folder} (and what follows "
-          "from it) to make it again."
-        )
-      if self.done:
-        return
+
+  def _begin(self, identity: Mapping[str, Any]) -> None:
     self.folder.mkdir(parents=True, exist_ok=True)
-    distributed.first(f"begin {self.folder}", lambda: write_whole(path, json.dumps(identity, indent=2, sort_keys=True)))
+    storage.clean(self.folder)
+    storage.write(self.folder / "stage.json", digests.sealed(identity, indent=2))
+    for done in sorted(self.folder.glob("*.done")):
+      name = done.name.removesuffix(".done")
+      if not self._has(name):
+        done.unlink()  # First: without it the file is none.
+        (self.folder / name).unlink(missing_ok=True)
 
   def commit(self, facts: Mapping[str, Any], folders: Sequence[str] = ()) -> None:
     """Writes manifest.json: digests of all shards and of the files in `folders`, and `facts` for people and reports."""
@@ -152,16 +211,18 @@ class Artifact:
   def _commit(self, facts: Mapping[str, Any], folders: Sequence[str]) -> None:
     files = {}
     for done in sorted(self.folder.glob("*.done")):
-      files[done.name.removesuffix(".done")] = json.loads(done.read_text())
+      name = done.name.removesuffix(".done")
+      self.read_text(name)  # What is committed is what lies there.
+      files[name] = self._entry(name)
     for folder in folders:
       for path in sorted(_files(self.folder / folder)):
         data = path.read_bytes()
-        files[str(path.relative_to(self.folder))] = {"bytes": len(data), "sha256": sha256(data)}
+        files[str(path.relative_to(self.folder))] = {"bytes": len(data), "sha256": digests.sha256(data)}
     identity = self.identity()
     content = {"identity": identity, "files": {name: entry["sha256"] for name, entry in files.items()}}
     manifest = {
       **identity,
-      "digest": sha256(json.dumps(content, sort_keys=True).encode()),
+      "digest": digests.sha256(json.dumps(content, sort_keys=True).encode()),
       "files": files,
       "facts": dict(facts),
       "made": {
@@ -170,7 +231,7 @@ class Artifact:
         "jax": jax.__version__,
       },
     }
-    write_whole(self.folder / "manifest.json", json.dumps(manifest, indent=2, sort_keys=True))
+    storage.write(self.folder / "manifest.json", digests.sealed(manifest, indent=2))
 
   def _seconds(self) -> float:
     """Since the session that finishes it began it: stage.json is written then."""
@@ -183,35 +244,53 @@ class Artifact:
 
   def _write(self, name: str, text: str, count: int | None) -> None:
     data = text.encode()
-    write_whole(self.folder / name, text)
-    entry = {"records": count, "bytes": len(data), "sha256": sha256(data)}
-    write_whole(self.folder / f"{name}.done", json.dumps(entry))
+    storage.write(self.folder / name, data)
+    entry = {"records": count, "bytes": len(data), "sha256": digests.sha256(data)}
+    storage.write(self.folder / f"{name}.done", digests.sealed(entry))
 
   def write_records(self, name: str, items: Sequence[records.Record]) -> None:
     """Writes a JSON Lines file of records."""
     self.write(name, records.dumps(items), len(items))
 
   def has(self, name: str) -> bool:
-    """Whether a file is complete: its `.done` is there and its size fits."""
+    """Whether a file is complete and undamaged; a damaged one is warned of."""
     return distributed.first(f"look at {self.folder / name}", lambda: self._has(name))
 
   def _has(self, name: str) -> bool:
-    done, path = self.folder / f"{name}.done", self.folder / name
-    if not done.exists() or not path.exists():
+    if not (self.folder / f"{name}.done").exists():
       return False
-    return path.stat().length == json.loads(done.read_text())["bytes"]
+    try:
+      self._read_bytes(name)
+    except Damaged as error:
+      logger.warning("%s: it counts as missing", error)
+      return False
+    return True
+
+  def _entry(self, name: str) -> dict[str, Any]:
+    """What a file's `.done` says; Damaged where it is not as it was written."""
+    path = self.folder / f"{name}.done"
+    try:
+      return digests.unseal(path.read_bytes())
+    except ValueError as error:
+      raise Damaged(f"{path} is damaged ({error})") from error
+
+  def _read_bytes(self, name: str) -> bytes:
+    """The content of a written file; Damaged where it is not there as it was written."""
+    path = self.folder / name
+    try:
+      entry, data = self._entry(name), path.read_bytes()
+    except FileNotFoundError as error:
+      raise Damaged(f"{path} is missing or was never finished") from error
+    if digests.sha256(data) != entry["sha256"]:
+      raise Damaged(f"{path} is damaged (its SHA-256 is not the recorded one)")
+    return data
 
   def read_text(self, name: str) -> str:
     """The content of a written file; ValueError where it differs from its digest."""
-    path, done = self.folder / name, self.folder / f"{name}.done"
-    if not done.exists():
-      raise ValueError(f"{path} is missing or was never finished: run its stage again.")
-    data = path.read_bytes()
-    if sha256(data) != json.loads(done.read_text())["sha256"]:
-      raise ValueError(
-        f"{path} is damaged (its SHA-256 is not the recorded one): delete {self.folder} and run its stage again."
-      )
-    return data.decode()
+    try:
+      return self._read_bytes(name).decode()
+    except Damaged as error:
+      raise ValueError(f"{error}: {self._remedy}.") from error
 
   def read(self, name: str, kind: type[records.R]) -> list[records.R]:
     """The records of one written file."""
@@ -220,8 +299,19 @@ class Artifact:
 
   def read_shards(self, stem: str, kind: type[records.R]) -> Iterator[records.R]:
     """The records of all shards of `stem`, in order."""
-    for done in sorted(self.folder.glob(f"{stem}-*.jsonl.done")):
-      yield from self.read(done.name.removesuffix(".done"), kind)
+    for name in self.shards(stem):
+      yield from self.read(name, kind)
+
+  def shards(self, stem: str) -> list[str]:
+    """The names of the shards of `stem`, in order: those that the manifest lists, or that are finished so far."""
+    if (self.folder / "manifest.json").exists():  # A shard that is gone must be missed.
+      return sorted(name for name in self.manifest()["files"] if fnmatch.fnmatchcase(name, f"{stem}-*.jsonl"))
+    return sorted(path.name.removesuffix(".done") for path in self.folder.glob(f"{stem}-*.jsonl.done"))
+
+  def complete(self, stem: str) -> bool:
+    """Whether all shards of `stem` are there."""
+    names = distributed.first(f"list {self.folder / stem}", lambda: self.shards(stem))
+    return bool(names) and names[0] == f"{stem}-00000-of-{len(names):05d}.jsonl"
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -231,13 +321,6 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
       yield from _files(path)
     else:
       yield path
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes beside the final name and renames, so that a reader sees all of it or none."""
-  beside = path.parent / f".{path.name}.part"
-  beside.write_text(text)
-  beside.replace(path)
 
 
 Item = TypeVar("Item")

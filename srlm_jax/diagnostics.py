@@ -42,9 +42,7 @@ class Round:
 
 def first_shard(artifact: artifacts.Artifact, stem: str, kind: type[records.R]) -> list[records.R]:
   """The records of the first shard alone: enough for examples, however large the run."""
-  for done in sorted(artifact.folder.glob(f"{stem}-*.jsonl.done"))[:1]:
-    return artifact.read(done.name.removesuffix(".done"), kind)
-  return []
+  return [record for name in artifact.shards(stem)[:1] for record in artifact.read(name, kind)]
 
 
 def load_rounds(finished: lineage.Finished, whole: bool) -> list[Round]:

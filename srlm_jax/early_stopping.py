@@ -146,8 +146,9 @@ class _Contest:
     return list(self.out.read_shards(stem, records.Duel))
 
   def decided(self, step: int) -> bool:
-    """Whether a candidate's trial is over."""
-    return self.out.has(_verdict(step))
+    """Whether a candidate's trial is over, and what it rests on is there."""
+    parts = (f"answers-{step:06d}", f"duels-{step:06d}")
+    return self.out.has(_verdict(step)) and all(self.out.complete(stem) for stem in parts)
 
   def trial(self, step: int, against: int) -> selection.Trial:
     """A candidate against the one before it; read where it is decided already."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import json
 
-from srlm_jax import artifacts, tables
+from srlm_jax import artifacts, digests, tables
 
 SHORT = 12  # Hex digits of a digest that are shown.
 Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifact.
@@ -75,7 +75,7 @@ def _model(name: str, artifact: artifacts.Artifact, names: Mapping[str, str]) ->
     reference=reference,
     method="DPO" if "pairs" in inputs else "SFT" if "parent" in inputs else roots.get(facts.get("kind", ""), ""),
     data=_data(artifact),
-    config=artifacts.sha256(json.dumps(manifest["config"], sort_keys=True).encode())[:SHORT],
+    config=digests.sha256(json.dumps(manifest["config"], sort_keys=True).encode())[:SHORT],
     digest=manifest["digest"][:SHORT],
     parameters=facts["parameters"],
     steps=facts.get("steps"),

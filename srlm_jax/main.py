@@ -42,6 +42,7 @@ from srlm_jax import (
   server,
   slices,
   steps,
+  storage,
   tables,
 )
 
@@ -173,6 +174,11 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
   for artifact in made.values():
     artifact.check_config()
   steps.check_start(settings, workdir, mesh, [step for step in chosen if not made[step.folder].done])
+  for step in chosen:  # What is finished is read or kept: damage is found now, and not after hours of work.
+    own = [made[step.folder]] if step.stage != "report" else []
+    for artifact in (*own, *made[step.folder].inputs.values()):
+      if artifact.done:
+        artifact.verify()
   for number, step in enumerate(chosen, 1):
     out = made[step.folder]
     if step.stage != "report":
@@ -269,7 +275,7 @@ def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str
   if _OUT.value:
     path = _absolute(_OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_whole(path, json.dumps(found, indent=1))
+    storage.write(path, json.dumps(found, indent=1))
     logger.info("wrote %s", path)
 
 
@@ -283,8 +289,8 @@ def compare(folders: Sequence[str], out: str) -> None:
   if not distributed.writes():
     return
   page.parent.mkdir(parents=True, exist_ok=True)
-  artifacts.write_whole(page, comparison.html(found))
-  artifacts.write_whole(page.with_suffix(".md"), comparison.markdown(found))
+  storage.write(page, comparison.html(found))
+  storage.write(page.with_suffix(".md"), comparison.markdown(found))
   logger.info("compared %s: %s", ", ".join(names), page)
 
 
@@ -311,8 +317,8 @@ def human_page(
   digests = {name: done[name].digest() for name in names}
   page, key = human_eval.make(grading.align(ours, theirs), names, digests, count, secrets.randbits(48))
   out.parent.mkdir(parents=True, exist_ok=True)
-  artifacts.write_whole(place, key.model_dump_json(indent=1))
-  artifacts.write_whole(out, page)
+  storage.write(place, key.model_dump_json(indent=1))
+  storage.write(out, page)
   logger.info("wrote %s, %d instructions: give it to the annotators", out, len(key.items))
   logger.info("wrote %s: it says which side is whose; keep it from them, and give it to human-eval-read", place)
 

@@ -22,6 +22,7 @@ import pydantic
 
 from srlm_jax import (
   artifacts,
+  digests,
   distributed,
   endpoint,
   mesh as mesh_lib,
@@ -31,6 +32,7 @@ from srlm_jax import (
   records,
   rollout,
   sampling,
+  storage,
   templates,
 )
 
@@ -157,7 +159,7 @@ def fastchat_answers(given: Sequence[Given], model_id: str) -> list[Answer]:
   return [
     Answer(
       question_id=one.question_id,
-      answer_id=artifacts.sha256("\n".join([model_id, str(one.question_id), *one.turns]).encode())[:22],
+      answer_id=digests.sha256("\n".join([model_id, str(one.question_id), *one.turns]).encode())[:22],
       model_id=model_id,
       choices=(Choice(index=0, turns=one.turns),),
       tstamp=round(time.time(), 3),
@@ -176,7 +178,7 @@ class Prompts:
   @property
   def digest(self) -> str:
     """Of all four."""
-    return artifacts.sha256(" ".join(one.digest for one in (*self.plain, *self.referenced)).encode())
+    return digests.sha256(" ".join(one.digest for one in (*self.plain, *self.referenced)).encode())
 
   def fill(self, question: Question, given: Given, turn: int) -> str:
     """The prompt that asks for a rating of the answer to turn 1 or 2."""
@@ -280,7 +282,7 @@ def _answered(run: outside.Run, questions: Sequence[Question]) -> artifacts.Arti
   given = list(out.read_shards("answers", Given))
   text = records.dumps(fastchat_answers(given, run.model))
   path = out.folder.parent / f"{run.model}.jsonl"
-  distributed.first(f"write {path}", lambda: artifacts.write_whole(path, text))
+  distributed.first(f"write {path}", lambda: storage.write(path, text))
   logger.info("%s answered %d questions, for FastChat: %s", run.model, len(given), path)
   out.commit({"questions": len(given)})
   return out

@@ -15,7 +15,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, distributed, mesh as mesh_lib, modelstore, nlp_results
+from srlm_jax import artifacts, digests, distributed, mesh as mesh_lib, modelstore, nlp_results
 from srlm_jax.nlp_results import How, Result, Results
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _files(folder: str) -> str:
   if not folder:
     return ""
   found = sorted(path for path in pathlib.Path(folder).rglob("*") if path.suffix in FILES)
-  return artifacts.sha256("\n".join(f"{path} {artifacts.file_sha256(epath.Path(path))}" for path in found).encode())
+  return digests.sha256("\n".join(f"{path} {digests.file_sha256(epath.Path(path))}" for path in found).encode())
 
 
 def task_manager(include_path: str, tasks: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 import pydantic
 
-from srlm_jax import artifacts, distributed, lineage, paper, tables
+from srlm_jax import artifacts, distributed, lineage, paper, storage, tables
 from srlm_jax.tables import Cell, Table
 
 TITLES = {
@@ -121,7 +121,7 @@ def write(model: artifacts.Artifact, results: Results) -> None:
 
   def work() -> None:
     path(model).parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_whole(path(model), results.model_dump_json(indent=1) + "\n")
+    storage.write(path(model), results.model_dump_json(indent=1) + "\n")
 
   distributed.first(f"write {path(model)}", work)
 

@@ -13,7 +13,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, distributed, lineage, paper, tables
+from srlm_jax import artifacts, digests, distributed, lineage, paper, storage, tables
 from srlm_jax.tables import Cell, Table
 
 Facts = Mapping[str, Any]
@@ -72,7 +72,7 @@ class Run:
       "seed": self.settings.seed,
       "chat": self.settings.chat,
       "generation.shard": self.settings.generation.shard,
-      **{f"{flag} (SHA-256)": artifacts.file_sha256(self.files[flag]) for flag in files if flag in self.files},
+      **{f"{flag} (SHA-256)": digests.file_sha256(self.files[flag]) for flag in files if flag in self.files},
       **({"server": "yes"} if self.settings.server.url else {}),
       **config,
     }
@@ -87,7 +87,7 @@ def save(run: Run, benchmark: str, facts: Facts) -> epath.Path:
 
   def write() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.write_whole(path, json.dumps(whole, indent=1, ensure_ascii=False))
+    storage.write(path, json.dumps(whole, indent=1, ensure_ascii=False))
 
   distributed.first(f"write {path}", write)
   return path

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 
 from srlm_jax import (
   artifacts,
+  digests,
   distributed,
   endpoint,
   findings,
@@ -137,7 +138,7 @@ def _replies(made: Finished, trees: str) -> tuple[list[records.RankedReplies], d
   if not path.exists():
     raise ValueError(f"--trees={trees}: there is no such file.")
   ranked = read_trees(path)
-  source: dict[str, Any] = {"from": str(path), "sha256": artifacts.file_sha256(path)}
+  source: dict[str, Any] = {"from": str(path), "sha256": digests.file_sha256(path)}
   if seed.done:
     trained = [one.prompt for one in seed.read("ift.jsonl", records.SFTExample)]
     trained += [one.prompt for one in seed.read("ranked_train.jsonl", records.RankedReplies)]

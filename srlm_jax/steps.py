@@ -15,6 +15,7 @@ from srlm_jax import (
   artifacts,
   classes,
   config as config_lib,
+  digests,
   early_stopping,
   endpoint,
   mesh as mesh_lib,
@@ -134,7 +135,7 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
   for key, value in {**named, "select.path": settings.select.path}.items():
     path = resolve(value, workdir)
     if path and not value.startswith("world/") and path.exists():  # Missing ones: see check_start.
-      found[key] = artifacts.file_sha256(path)
+      found[key] = digests.file_sha256(path)
   return found
 
 

@@ -26,7 +26,7 @@ from etils import epath
 import numpy as np
 import sentencepiece
 
-from srlm_jax import records, templates, world, world_judges
+from srlm_jax import records, storage, templates, world, world_judges
 
 HELDOUT, IFT, EFT = range(0, 4), range(4, 12), range(12, 20)  # Shares of `world.bucket`.
 TRAINING = range(4, 20)
@@ -273,17 +273,18 @@ def write_world(
     )
   streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(5)]
   text = pretraining(streams[0], sizes, form)
-  (folder / "pretrain.jsonl").write_text(_json_lines(text))
-  (folder / "tokenizer.model").write_bytes(train_tokenizer([value for line in text for value in line.values()]))
+  storage.write(folder / "pretrain.jsonl", _json_lines(text))
+  storage.write(folder / "tokenizer.model", train_tokenizer([value for line in text for value in line.values()]))
   trees = training_trees(streams[1], sizes)
-  (folder / "trees.jsonl").write_text(_json_lines(trees))
-  (folder / "heldout_trees.jsonl").write_text(_json_lines(heldout_trees(streams[2], sizes)))
-  (folder / "judgements.jsonl").write_text(records.dumps(judgements(streams[3], sizes, form)))
+  storage.write(folder / "trees.jsonl", _json_lines(trees))
+  storage.write(folder / "heldout_trees.jsonl", _json_lines(heldout_trees(streams[2], sizes)))
+  storage.write(folder / "judgements.jsonl", records.dumps(judgements(streams[3], sizes, form)))
   prompts = _distinct(streams[4], HELDOUT, sizes.heldout_prompts)
-  (folder / "heldout_prompts.jsonl").write_text(
+  storage.write(
+    folder / "heldout_prompts.jsonl",
     records.dumps(
       records.Prompt(id=f"heldout-{number}", text=prompt, source="world") for number, prompt in enumerate(prompts)
-    )
+    ),
   )
   return _facts(folder, trees)
 

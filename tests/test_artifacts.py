@@ -1,6 +1,6 @@
 """Artifacts: what is written whole, what is refused, and what is not done twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import json
 import shutil
@@ -9,7 +9,7 @@ from etils import epath
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, records
+from srlm_jax import artifacts, digests, records, storage, version
 from srlm_jax.records import Prompt
 
 MESH = tiny_model.one_device()
@@ -65,7 +65,7 @@ def test_half_a_file_is_none(root: epath.Path) -> None:
   out.write("other.txt", "whole")
   (root / "a" / "other.txt.done").unlink()  # The write was interrupted between the two.
   assert not out.has("other.txt")
-  with pytest.raises(ValueError, match="other.txt is missing or was never finished: run its stage again"):
+  with pytest.raises(ValueError, match="other.txt is missing or was never finished: delete .*/a and run"):
     out.read_text("other.txt")
 
 
@@ -119,8 +119,8 @@ def test_an_interrupted_run_does_each_shard_once(root: epath.Path) -> None:
 def test_the_manifest_comes_last_and_its_presence_is_the_commit(
   root: epath.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  written, write = [], artifacts.write_whole
-  monkeypatch.setattr(artifacts, "write_whole", lambda path, text: (write(path, text), written.append(path.name)))
+  written, write = [], storage.write
+  monkeypatch.setattr(storage, "write", lambda path, text: (write(path, text), written.append(path.name)))
   out = make(root / "a")
   out.begin()
   assert json.loads((root / "a" / "stage.json").read_text())["config"] == {"judge.votes": 3, "seed": 0}
@@ -134,8 +134,8 @@ def test_the_manifest_comes_last_and_its_presence_is_the_commit(
   assert out.done
   manifest = make(root / "a").manifest()
   assert manifest["facts"] == {"count": 1}
-  assert manifest["files"]["x.txt"]["sha256"] == artifacts.sha256(b"x")
-  assert manifest["files"]["more/weights"] == {"bytes": 3, "sha256": artifacts.sha256(b"abc")}
+  assert manifest["files"]["x.txt"]["sha256"] == digests.sha256(b"x")
+  assert manifest["files"]["more/weights"] == {"bytes": 3, "sha256": digests.sha256(b"abc")}
   assert written == ["stage.json", "x.txt", "x.txt.done", "manifest.json"]
   assert not list((root / "a").glob(".*.part"))
 
@@ -200,9 +200,158 @@ def test_damaged_papers_are_named(root: epath.Path, damage: bytes) -> None:
 def test_another_format_is_refused(root: epath.Path) -> None:
   committed(root / "a")
   path = root / "a" / "stage.json"
-  path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
-  with pytest.raises(ValueError, match="artifact format 0, this version writes 3: use a new --workdir"):
+  path.write_text(json.dumps({"format": 3, "config": {}, "inputs": {}}))  # As it was before there were seals.
+  with pytest.raises(ValueError, match="artifact format 3, this version writes 4: use a new --workdir"):
     make(root / "a").begin()
+
+
+def test_another_version_of_the_code_is_refused(root: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  digest = committed(root / "a").digest()
+  monkeypatch.setattr(version, "VERSION", "0.9.0")
+  for check in (make(root / "a").check_config, make(root / "a").begin):
+    with pytest.raises(
+      ValueError, match=r"/a was made by srlm_jax 0\.1\.0, this is 0\.9\.0: use that version, or a new"
+    ):
+      check()
+  assert committed(root / "b").digest() != digest
+
+
+def flips(path: epath.Path, every: int) -> Iterator[int]:
+  """Flips bits of a file, one at a time; the file is whole again afterwards."""
+  data = path.read_bytes()
+  for bit in range(0, 8 * len(data), every):
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(damaged))
+    yield bit
+  path.write_bytes(data)
+
+
+def harmless(path: epath.Path, data: bytes) -> bool:
+  """Whether a damaged paper still says the same: 1e-05 and 1E-05 do."""
+  try:
+    return json.loads(path.read_bytes()) == json.loads(data)
+  except ValueError:
+    return False
+
+
+@pytest.mark.parametrize(
+  ("name", "every"),  # No multiple of 8: each place of a byte is met.
+  [("stage.json", 29), ("manifest.json", 101), ("x.txt", 3), ("x.txt.done", 29), ("more/weights", 1)],
+)
+def test_a_flipped_bit_of_a_finished_artifact_is_found(root: epath.Path, name: str, every: int) -> None:
+  out = make(root / "a", {"seed": 0, "lr": 1e-5})
+  out.begin()
+  out.write("x.txt", "some text")
+  (root / "a" / "more").mkdir()
+  (root / "a" / "more" / "weights").write_bytes(b"abc")
+  out.commit({"loss": 1e-7, 3: (1, 2)}, folders=("more",))
+  path, silent = root / "a" / name, 0
+  data = path.read_bytes()
+  for bit in flips(path, every):
+    reader = make(root / "b", {}, model=make(root / "a", {"seed": 0, "lr": 1e-5}))
+    if harmless(path, data):
+      silent += 1
+      reader.begin()
+      continue
+    one = make(root / "a", {"seed": 0, "lr": 1e-5})
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*: delete .*/a and run its stage again"):
+      one.begin()
+      pytest.fail(f"bit {bit} of {name}")
+    if name != "stage.json":
+      with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        reader.begin()
+  assert silent <= 4  # Of the e in a number.
+  make(root / "a", {"seed": 0, "lr": 1e-5}).begin()
+
+
+@pytest.mark.parametrize("name", ["shard-00001-of-00003.jsonl", "shard-00001-of-00003.jsonl.done"])
+def test_a_damaged_shard_of_an_unfinished_stage_is_made_again(
+  root: epath.Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+  def work(done: list[str], part: Sequence[Prompt]) -> Sequence[Prompt]:
+    done.append(part[0].id)
+    return part
+
+  def run(folder: epath.Path) -> tuple[artifacts.Artifact, list[str]]:
+    out, done = make(folder), []
+    out.begin()
+    artifacts.map_shards(out, "shard", PROMPTS, 3, MESH, lambda: done, work)
+    return out, done
+
+  whole, _ = run(root / "whole")
+  whole.commit({})
+  run(root / "a")
+  for _ in flips(root / "a" / name, every=211):
+    caplog.clear()
+    out, done = run(root / "a")
+    assert done == ["p3"], "it alone is made again"
+    assert f"{name} is damaged" in caplog.text and "it counts as missing" in caplog.text
+  out, done = run(root / "a")
+  assert not done
+  out.commit({})
+  assert out.digest() == whole.digest()
+  assert (root / "a" / name).read_bytes() == (root / "whole" / name).read_bytes()
+
+
+def test_what_is_damaged_in_an_unfinished_stage_and_not_made_again_is_not_committed(root: epath.Path) -> None:
+  out = make(root / "a")
+  out.begin()
+  out.write("x.txt", "some text")
+  out.write("y.txt", "other text")
+  flip(root / "a" / "x.txt")
+  with pytest.raises(ValueError, match=r"x.txt is damaged .*: delete .*/a and run its stage again"):
+    out.commit({})
+  assert not out.done
+  again = make(root / "a")
+  again.begin()
+  again.commit({})
+  assert list(again.manifest()["files"]) == ["y.txt"]
+  assert not (root / "a" / "x.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.done"])
+def test_a_file_that_is_gone_is_missed(root: epath.Path, name: str) -> None:
+  committed(root / "a")
+  (root / "a" / name).unlink()
+  for one in (make(root / "a"), make(root / "b", model=make(root / "a"))):
+    with pytest.raises(ValueError, match=rf"/a/{name} is missing: delete .*/a and run its stage again"):
+      one.begin()
+
+
+def test_a_shard_whose_paper_is_gone_is_missed(root: epath.Path) -> None:
+  out = make(root / "a")
+  out.begin()
+  artifacts.map_shards(out, "prompts", PROMPTS, 3, MESH, lambda: None, lambda _, part: part)
+  assert out.complete("prompts") and not out.complete("others")
+  (root / "a" / "prompts-00001-of-00003.jsonl.done").rename(root / "done")
+  assert not out.complete("prompts")
+  (root / "done").rename(root / "a" / "prompts-00001-of-00003.jsonl.done")
+  out.commit({})
+  (root / "a" / "prompts-00001-of-00003.jsonl.done").unlink()
+  with pytest.raises(ValueError, match="prompts-00001-of-00003.jsonl is missing"):
+    list(make(root / "a").read_shards("prompts", Prompt))
+
+
+def test_a_manifest_without_its_stage_json_still_says_what_it_is_made_from(root: epath.Path) -> None:
+  committed(root / "b", model=committed(root / "a"))
+  (root / "b" / "stage.json").unlink()
+  with pytest.raises(ValueError, match="another configuration"):
+    make(root / "b", {"seed": 1}, model=make(root / "a")).begin()
+  with pytest.raises(ValueError, match="made from other inputs: model"):
+    make(root / "b", model=committed(root / "c", "y")).begin()
+
+
+def test_what_killed_writes_left_is_removed(root: epath.Path) -> None:
+  (root / "a" / "files").mkdir(parents=True)
+  for name in (".x.txt.part", "files/.y.part"):
+    (root / "a" / name).write_text("half")
+  (root / "a" / "files" / "whole.part").write_text("not ours")
+  out = make(root / "a")
+  out.begin()
+  out.commit({}, folders=("files",))
+  assert list(out.manifest()["files"]) == ["files/whole.part"]
+  assert not (root / "a" / ".x.txt.part").exists()
 
 
 def test_flatten_makes_what_json_gives_back() -> None:

@@ -1,7 +1,6 @@
 """The comparison of runs: its figures, what it leaves out, runs that are not done, and what it refuses."""
 
 from collections.abc import Callable
-import json
 import pathlib
 import re
 from typing import Any
@@ -13,15 +12,15 @@ import made_run
 import pytest
 import test_report
 
-from srlm_jax import comparison, main
+from srlm_jax import comparison, digests, main
 
 
 def edit(folder: epath.Path, name: str, change: Callable[[dict[str, Any]], None]) -> None:
   """Changes the manifest of a made artifact in place."""
   path = folder / name / "manifest.json"
-  manifest = json.loads(path.read_text())
+  manifest = digests.unseal(path.read_text())
   change(manifest)
-  path.write_text(json.dumps(manifest))
+  path.write_text(digests.sealed(manifest))
 
 
 def two_runs(folder: epath.Path) -> list[comparison.Run]:

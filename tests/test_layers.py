@@ -12,6 +12,7 @@ PACKAGE = pathlib.Path(srlm_jax.__file__).parent
 
 # Every module, in an order in which each imports earlier ones only.
 LAYERS = {
+  "files": "version storage digests",
   "data": (
     "lines records templates filters metrics oasst oasst_split eft pairing canaries repetition world world_judges "
     "world_files classes strata tsne agreement paper tables human_eval selection monitors plots pages config"
@@ -40,6 +41,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.spl
 # Libraries that a layer does without: data is plain Python and numpy, and a ConfigDict goes no deeper than the stages.
 DEVICES = {"flax", "jax", "jaxlib", "optax", "orbax"}
 WITHOUT = {
+  "files": DEVICES | {"ml_collections"},
   "data": DEVICES,
   "arrays": {"ml_collections", "orbax"},
   "model": {"ml_collections", "orbax"},

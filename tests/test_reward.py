@@ -12,7 +12,7 @@ from loopback import Loopback, chat
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, config, main, modelstore, records, reward, rollout, sampling, steps, templates
+from srlm_jax import artifacts, config, digests, main, modelstore, records, reward, rollout, sampling, steps, templates
 
 REAL = os.environ.get("SRLM_REAL_DATA")
 needs_real = pytest.mark.skipif(not REAL, reason="SRLM_REAL_DATA names no folder with en_100_tree.jsonl")
@@ -177,7 +177,7 @@ def test_trees_of_one_s_own_are_judged_and_those_trained_on_are_counted(
   assert found["replies"]["prompts"] == 3 and found["replies"]["prompts trained on"] == 2
   assert "2 of 3 prompts" in caplog.text and "they are not held out" in caplog.text
   assert found["metrics"]["pairwise"]["value"] == pytest.approx(2 / 3)
-  assert found["replies"]["sha256"] == artifacts.file_sha256(epath.Path(tmp_path / "trees.jsonl"))
+  assert found["replies"]["sha256"] == digests.file_sha256(epath.Path(tmp_path / "trees.jsonl"))
   with pytest.raises(ValueError, match="--trees=/nowhere: there is no such file"):
     run.reward("m1", trees="/nowhere")
   (tmp_path / "few.jsonl").write_text(lines[2])

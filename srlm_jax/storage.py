@@ -1,0 +1,73 @@
+"""Writing files whole, on a local disk and in an object store: a reader finds all of a file or none of it."""
+
+import errno
+import os
+
+from etils import epath
+import fsspec
+
+# A listing that was kept would hide what other processes have written since.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+
+PART = ".part"  # Ends the name of a file that is not whole yet.
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path lies in an object store (gs://…), where an upload is whole or is not there."""
+  return "://" in os.fspath(path)
+
+
+def write(path: epath.PathLike, data: str | bytes) -> None:
+  """Writes a file whole and durably, in place of an older one; its folder must be there.
+
+  Locally it is written beside the final name, synced to the disk and renamed, and the renaming is synced, too: after a
+  loss of power there is the old file or the new one.  In an object store it is one upload of the final object, which
+  the store does whole or not at all; the store's client tries again what may be tried again.
+
+  Raises:
+    OSError: the disk is full or cannot be written, or the store failed; nothing of `data` has the final name.
+  """
+  raw = data.encode() if isinstance(data, str) else data
+  if is_remote(path):
+    system, name = fsspec.core.url_to_fs(os.fspath(path))
+    system.pipe_file(name, raw)
+  else:
+    _write_local(os.fspath(path), raw)
+
+
+def _write_local(path: str, raw: bytes) -> None:
+  folder, name = os.path.split(path)
+  beside = os.path.join(folder, f".{name}{PART}")
+  try:
+    with open(beside, "wb") as file:
+      file.write(raw)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(beside, path)
+  except OSError:
+    if os.path.exists(beside):  # It may fill the disk.
+      os.remove(beside)
+    raise
+  _sync_folder(folder or ".")
+
+
+def _sync_folder(folder: str) -> None:
+  """Makes the names in a folder durable, where the file system can."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  except OSError as error:
+    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # Some network file systems sync no folders.
+      raise
+  finally:
+    os.close(handle)
+
+
+def clean(folder: epath.PathLike) -> None:
+  """Deletes what writes that were killed left below a folder."""
+  if is_remote(folder):  # Nothing is written beside its final name there.
+    return
+  for root, _, names in os.walk(folder):
+    for name in names:
+      if name.startswith(".") and name.endswith(PART):
+        os.remove(os.path.join(root, name))
