@@ -137,6 +137,17 @@ def agree(what: str, value: T) -> T:
   return first(what, lambda: value)
 
 
+def gather(what: str, value: T) -> list[T]:
+  """The values (of JSON) of all processes, in their order, in every process."""
+  client, state = _client(), jax_distributed.global_state
+  if client is None:
+    return [value]
+  key = f"srlm/gather/{next(_calls)} {what}"
+  client.key_value_set(f"{key}/{state.process_id:08d}", json.dumps(value))
+  barrier(what)
+  return [json.loads(text) for _, text in sorted(client.key_value_dir_get(f"{key}/"))]
+
+
 def barrier(what: str, seconds: float = NEVER) -> None:
   """Waits until every process is here; PeerLost, naming those that are not, after `seconds`.
 

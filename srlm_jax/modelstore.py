@@ -58,7 +58,7 @@ def model_config(artifact: artifacts.Artifact, settings: config_dict.ConfigDict,
   """The sizes of an artifact's model, for training (dropout and remat of the configuration) or for use (neither)."""
   how = settings.model
   return dataclasses.replace(
-    checkpoint.read_model_config(artifact.folder),
+    checkpoint.read_model_config(artifact.read_text("llama.json")),
     dropout=how.dropout if train else 0.0,
     remat=how.remat if train else "none",
     dtype=how.dtype,
@@ -109,7 +109,7 @@ def speaker(artifact: artifacts.Artifact, settings: config_dict.ConfigDict, mesh
   engine: Callable[[sampling.Sampling, int], rollout.Engine]
   if settings.server.url:
     how = config_lib.frozen(service.Service, settings.server)
-    rows = checkpoint.read_model_config(artifact.folder).vocab_size
+    rows = checkpoint.read_model_config(artifact.read_text("llama.json")).vocab_size
     engine = server.connect(how, served_name(artifact), words, rows, settings.seed)
   else:
     engine = _generators(artifact, settings, mesh, words)

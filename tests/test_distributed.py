@@ -19,6 +19,7 @@ with distributed.session():
   who = jax.process_index()
   assert (jax.process_count(), jax.device_count()) == (2, 4)
   assert distributed.agree("a value", {"who": who}) == {"who": 0}
+  assert distributed.gather("values", f"by {who}") == ["by 0", "by 1"]
   rows = jax.sharding.NamedSharding(mesh.make_mesh(), mesh.spec(("batch",)))
   array = distributed.place(np.arange(8.0), rows)
   assert not array.is_fully_addressable
@@ -74,6 +75,18 @@ with distributed.session():
       other = mesh.moved(model, devices)
     assert checkpoint.fingerprints(other) == wanted
     assert jax.tree.leaves(other)[0].is_fully_addressable == (devices is own)
+  store = checkpoint.StateStore(place / "states")
+  for step in (2, 4):
+    store.save(step, model)
+  store.close()
+  step, state = checkpoint.StateStore(place / "states").restore(model)
+  assert step == 4 and checkpoint.fingerprints(state) == wanted
+  if distributed.writes():  # What process 1 has written, and alone reads.
+    for path in (place / "states" / "4" / "state" / "ocdbt.process_1" / "d").iterdir():
+      path.write_bytes(b"torn")
+  distributed.barrier("damaged")
+  step, state = checkpoint.StateStore(place / "states").restore(model)
+  assert step == 2 and checkpoint.fingerprints(state) == wanted
   convert.export_hf(model, place / "hf", max_shard=4000)
   distributed.barrier("exported")
   assert checkpoint.fingerprints(convert.import_hf(place / "hf", whole)) == wanted
@@ -223,5 +236,5 @@ def test_alone_it_does_nothing() -> None:
   from srlm_jax import distributed
 
   assert distributed.writes() and not distributed.name()
-  assert distributed.agree("x", [1]) == [1]
+  assert distributed.agree("x", [1]) == [1] and distributed.gather("x", 1) == [1]
   distributed.barrier("nobody")

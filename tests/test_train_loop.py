@@ -91,6 +91,21 @@ def test_a_stopped_run_ends_as_one_that_nothing_stopped(whole: tuple[llama.Llama
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted), err_msg=name)
 
 
+def test_a_run_whose_newest_state_is_damaged_ends_as_one_that_nothing_stopped(
+  whole: tuple[llama.Llama, str], tmp_path: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  folder = epath.Path(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, Stopping(at=5))
+  (folder / "states" / "4" / "state" / "manifest.ocdbt").write_bytes(b"torn")
+  last = Stopping()
+  model = train(folder, last)
+  assert last.asked == [2, 3, 4, 5, 6] and saved(folder) == [4, 6]
+  assert [record.message for record in caplog.records if "is damaged" in record.message]
+  assert (folder / "metrics.jsonl").read_text() == whole[1]
+  assert checkpoint.fingerprints(model) == checkpoint.fingerprints(whole[0])
+
+
 def test_a_run_in_pieces_is_as_a_whole_one(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
   folder, asked = epath.Path(tmp_path), []
   for until in (3, 3, 4, 7):
