@@ -1,8 +1,10 @@
 """Instructions as prompt tokens: the chat template around them, the same function for training and for generation.
 
 A chat prompt is made of parts that are encoded apart: the template's are trusted and may hold special tokens, the
-instruction is not and cannot bring any in, nor a `[INST]` of its own (`templates.neutralise_chat`). Prompt and response
-are encoded apart, too, so the prompt's tokens do not depend on what follows.
+instruction is not and cannot bring any in, nor a `[INST]` of its own (`templates.neutralise_chat`), nor what a template
+writes in brackets as ordinary text (`<|user|>` in some models' templates). Labels such as "USER:" it can write: prefer
+a template with special tokens. Prompt and response are encoded apart, too, so the prompt's tokens do not depend on what
+follows.
 
 What the parts join to is what the whole would have been encoded to, wherever tokenizers break at spaces: a space at the
 end of a part goes to the part behind it (" hello" is one piece), and a part that goes on without one gets none from
@@ -14,11 +16,13 @@ template without the space (29961) with which Meta's code trained it (518).
 
 from collections.abc import Sequence
 import functools
+import re
 
 from srlm_jax import templates
 from srlm_jax.tokenizer import Tokenizer
 
 KINDS = ("llama2", "model", "plain")
+_MARK = re.compile(r"<[^<>\[\]\n]{1,64}>|\[[^<>\[\]\n]{1,64}\]")
 _MESSAGE = "Srlm7Message{}Placeholder"  # Letters that no template changes or has of its own.
 
 
@@ -54,7 +58,8 @@ def conversation_tokens(tokenizer: Tokenizer, turns: Sequence[str], kind: str) -
     raise ValueError(f"{len(turns)} turns: the first and the last must be the user's. Leave out the last answer.")
   texts = [templates.neutralise_chat(turn).strip() for turn in turns]
   if kind == "model":
-    return _spliced(tokenizer, _own_template(tokenizer, len(texts)), texts)
+    parts = _own_template(tokenizer, len(texts))
+    return _spliced(tokenizer, parts, [templates.neutralise_marks(text, _marks(tokenizer, parts)) for text in texts])
   if kind not in KINDS:
     raise ValueError(f"unknown chat template {kind!r}: choose one of {', '.join(KINDS)}.")
   ids = []
@@ -87,6 +92,13 @@ def _own_template(tokenizer: Tokenizer, count: int) -> tuple[str, ...]:
     before, rest = rest.split(message)
     parts.append(before)
   return (*parts, rest)
+
+
+@functools.lru_cache(maxsize=16)
+def _marks(tokenizer: Tokenizer, parts: tuple[str, ...]) -> tuple[str, ...]:
+  """What the template has in brackets as ordinary text: encoding alone would not keep it out of a message."""
+  found = dict.fromkeys(mark for part in parts for mark in _MARK.findall(part))
+  return tuple(mark for mark in found if tokenizer.special_ids.isdisjoint(tokenizer.encode_trusted(mark)))
 
 
 def _spliced(tokenizer: Tokenizer, trusted: Sequence[str], texts: Sequence[str]) -> list[int]:

@@ -15,6 +15,7 @@ SIMPLEST, HARDEST = 1, 10  # The scale of complexity, both included.
 DIMENSIONS = ("category", "complexity", "length")
 
 _HEADER = re.compile(r"#\s*(categories|lengths)\s*:(.*)", re.IGNORECASE)
+_COMPLEXITY = re.compile(rf"([0-9]{{1,2}})(?:\s*(?:/|out of)\s*{HARDEST})?")
 _MARKS = " \t\r*_`\"'."  # Around a word, in markdown or without.
 
 
@@ -97,9 +98,8 @@ def parse(prompt_id: str, continuation: str, options: Options) -> records.Prompt
     options: what may be answered.
   """
   category = _one_of(_value(continuation, "category"), options.categories)
-  number = _value(continuation, "complexity") or ""
-  number = re.sub(rf"\s*(?:/|out of)\s*{HARDEST}$", "", number)
-  complexity = int(number) if re.fullmatch(r"[0-9]{1,2}", number) and SIMPLEST <= int(number) <= HARDEST else None
+  number = _COMPLEXITY.fullmatch(_value(continuation, "complexity") or "")
+  complexity = int(number[1]) if number and SIMPLEST <= int(number[1]) <= HARDEST else None
   length = _one_of(_value(continuation, "length"), options.lengths)
   fields = {"category": category, "complexity": complexity, "length": length}
   missing = [name for name, value in fields.items() if value is None]

@@ -1,8 +1,9 @@
 """A judge behind an OpenAI-compatible endpoint: asked over chat completions, paid for once, with every reply kept.
 
 Replies are kept in an SQLite file as they come, by what was asked: address, model, sampling, messages and the number of
-the sample. A run that was stopped, or judges the same texts again, takes them from there. The key is read from the
-environment (`service.KEY`) and written nowhere.
+the sample. A run that was stopped, or judges the same texts again, takes them from there. Each has a digest: one that a
+disk has changed is never taken for what was answered. The key is read from the environment (`service.KEY`) and written
+nowhere.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from srlm_jax import distributed, rollout, sampling, service as service_lib, tem
 logger = logging.getLogger(__name__)
 
 FILE = "replies.sqlite3"  # In the cache's folder.
+_FIELDS = "text, finished, tokens_in, tokens_out"  # Of a reply as it is kept.
 LIMITS = ("max_tokens", "max_completion_tokens")  # How endpoints call the longest reply.
 
 
@@ -105,6 +107,10 @@ class Kept:
   tokens_in: int | None
   tokens_out: int | None
 
+  def digest(self, key: str) -> str:
+    """sha256 (hexadecimal) over the reply and what it answers."""
+    return hashlib.sha256(json.dumps([key, *dataclasses.astuple(self)]).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -117,6 +123,7 @@ class Cache:
     """A connection for one thing to do, committed at its end; ValueError where the file cannot be used."""
     try:
       with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+        connection.text_factory = lambda data: data.decode(errors="replace")  # The digest says whether it is whole.
         yield connection
     except sqlite3.OperationalError as error:
       raise ValueError(
@@ -139,22 +146,32 @@ class Cache:
     with self._open() as connection:
       connection.execute(
         "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, model TEXT NOT NULL, text TEXT NOT NULL, "
-        "finished INTEGER NOT NULL, tokens_in INTEGER, tokens_out INTEGER, made TEXT NOT NULL)"
+        "finished INTEGER NOT NULL, tokens_in INTEGER, tokens_out INTEGER, made TEXT NOT NULL, digest TEXT)"
       )
       [found] = connection.execute("PRAGMA quick_check(1)").fetchone()
       if found != "ok":
         raise sqlite3.DatabaseError(" ".join(found.split()))
+      connection.execute("BEGIN IMMEDIATE")  # Another process may find the older file, too.
+      if "digest" not in [column[1] for column in connection.execute("PRAGMA table_info(replies)")]:
+        connection.execute("ALTER TABLE replies ADD COLUMN digest TEXT")
+        rows = connection.execute(f"SELECT key, {_FIELDS} FROM replies").fetchall()
+        digests = [(Kept(row[1], bool(row[2]), *row[3:]).digest(row[0]), row[0]) for row in rows]
+        connection.executemany("UPDATE replies SET digest = ? WHERE key = ?", digests)
 
   def get(self, keys: Iterable[str]) -> dict[str, Kept]:
-    """What is kept of these keys."""
+    """What is kept of these keys; ValueError where a reply is not what was kept."""
     found = {}
     with self._open() as connection:
       for key in keys:
-        row = connection.execute(
-          "SELECT text, finished, tokens_in, tokens_out FROM replies WHERE key = ?", (key,)
-        ).fetchone()
+        row = connection.execute(f"SELECT {_FIELDS}, digest FROM replies WHERE key = ?", (key,)).fetchone()
         if row:
           found[key] = Kept(row[0], bool(row[1]), row[2], row[3])
+          if found[key].digest(key) != row[4]:
+            raise ValueError(
+              f"{self.path}: a kept reply is damaged, its SHA-256 is not the recorded one (key {key}). Bring back a "
+              "copy of the file, or delete this one, and it is asked, and paid, again: "
+              f"sqlite3 {self.path} \"DELETE FROM replies WHERE key = '{key}'\""
+            )
     return found
 
   def put(self, key: str, model: str, reply: Kept) -> None:
@@ -162,8 +179,9 @@ class Cache:
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with self._open() as connection:
       connection.execute(
-        "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (key, model, reply.text, reply.finished, reply.tokens_in, reply.tokens_out, made),
+        "INSERT OR IGNORE INTO replies (key, model, made, digest, text, finished, tokens_in, tokens_out) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (key, model, made, reply.digest(key), *dataclasses.astuple(reply)),
       )
 
 

@@ -18,7 +18,7 @@ import pydantic
 
 from srlm_jax import chat, distributed, sampling as sampling_lib
 from srlm_jax.generator import Completion, Request, row_key
-from srlm_jax.service import Service, wrong
+from srlm_jax.service import Service, hidden, wrong
 from srlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,8 @@ class Server:
     """The sampled ids of a choice; of a text that ended by itself with the end token, which not all servers give."""
     eos, ids, ended = self.words.eos_id, choice.token_ids, choice.finish_reason == "stop"
     at_string = isinstance(choice.stop_reason, str)
+    if hidden(choice.text) != choice.text:
+      raise wrong(self.url, "a text repeats the key that it was sent")
     if choice.finish_reason not in ("stop", "length"):
       raise wrong(self.url, f"finish_reason {choice.finish_reason!r}")
     if ids is None:
@@ -182,7 +184,7 @@ def connect(
       continue
     if name in served:
       return lambda how, limit: Server(service, url, name, words, vocab_size, how, limit, seed, counts)
-    found.append(f"  {url} serves {', '.join(served) or 'nothing'}\n")
+    found.append(f"  {url} serves {hidden(', '.join(served)) or 'nothing'}\n")
   export = f"srlm export --config=… --workdir=… --model={wanted.rpartition('-')[0]} --out=FOLDER"
   raise ValueError(
     f"no server of server.url serves {name}:\n{''.join(found)}Two commands start one:\n"

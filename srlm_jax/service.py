@@ -3,7 +3,10 @@
 from collections.abc import Callable
 import dataclasses
 import importlib.util
+import json
+import logging
 import os
+import re
 from typing import Any, TypeVar
 import urllib.parse
 
@@ -11,6 +14,10 @@ import pydantic
 
 KEY = "OPENAI_API_KEY"  # In the environment alone: a configuration is written down and shown.
 SHORTEST_KEY = 8  # Words such as "none" and "EMPTY" stand where a server wants some key: they are no secrets.
+
+# With more, these write headers and what a service makes of them into the log; requests are counted in ours.
+_QUIET = dict.fromkeys(("httpx", "httpx2", "httpcore", "httpcore2"), logging.WARNING) | {"openai": logging.INFO}
+_KEY_LIKE = re.compile(r"/(?:sk|pk|key|token)[-_=][\w-]{16,}", re.IGNORECASE)
 
 # What services say of a prompt that their model cannot read whole.
 _TOO_LONG = (
@@ -53,13 +60,12 @@ class Service:
     name = self.section
     if not importlib.util.find_spec("openai"):
       raise ValueError(f"{name}.url needs the package openai, which is not installed: pip install -e '.[server]'.")
-    for parts in map(urllib.parse.urlsplit, self.urls):
-      # Not shown: a name before the host may come with a password, and a query with a key.
-      if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-        raise ValueError(
-          f"{name}.url must be http://HOST:PORT or https://HOST/PATH, or several with commas between; a key goes into "
-          f"{KEY}."
-        )
+    key = secret()
+    if not all(map(_is_address, self.url.split(","))) or (key and key in self.url):
+      raise ValueError(  # The address is not shown: it may hold a key or a password.
+        f"{name}.url must be http://HOST:PORT or https://HOST/PATH, or several with commas between; a key goes into "
+        f"{KEY}."
+      )
     if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
       found = f"{name}.concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}"
       raise ValueError(f"{found}: they must be at least 1, at least 0, and above 0.")
@@ -74,6 +80,8 @@ class Service:
     """An openai.OpenAI, which retries by itself. `before` is called before each try, and may wait."""
     import openai  # An extra, which nothing else needs.
 
+    for name, level in _QUIET.items():
+      logging.getLogger(name).setLevel(level)
     timeout = openai.Timeout(self.timeout, connect=min(self.timeout, 10.0))
     key = os.environ.get(KEY) or "none"
     http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: before()]}) if before else None
@@ -102,12 +110,43 @@ class Service:
     raise ValueError(f"{url}: {hidden(said)[:500]} {remedy}")
 
 
+def _is_address(url: str) -> bool:
+  """Whether it can be asked, and shown: a name before the host may come with a password, a query with a key."""
+  try:
+    parts = urllib.parse.urlsplit(url.strip())
+    known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+  except ValueError:  # Of a port or an address in brackets.
+    return False
+  plain = url.isprintable() and " " not in url.strip()
+  return known and plain and not ("@" in parts.netloc or parts.query or parts.fragment or _KEY_LIKE.search(parts.path))
+
+
 def wrong(url: str, what: str) -> ValueError:
-  """The error for an answer that arrived and is of no use."""
-  return ValueError(f"{url} gave an answer that cannot be used: {what}.")
+  """The error for an answer that arrived and is of no use; `what` may quote it."""
+  return ValueError(f"{url} gave an answer that cannot be used: {hidden(what)[:500]}.")
+
+
+def secret() -> str:
+  """The key, or "" where there is none, or only a word in its place.
+
+  Raises:
+    ValueError: it holds what no key does; libraries would show the whole of it in their errors.
+  """
+  key = os.environ.get(KEY, "")
+  if not (key.isascii() and key.isprintable()) or " " in key:
+    raise ValueError(f"{KEY} holds a blank, a line break or a character beyond ASCII, as no key does: set it anew.")
+  return key if len(key) >= SHORTEST_KEY else ""
 
 
 def hidden(text: str) -> str:
-  """A service's text without the key: it may repeat what it was sent."""
-  key = os.environ.get(KEY, "")
-  return text.replace(key, "…") if len(key) >= SHORTEST_KEY else text
+  """A service's text without the key: it may repeat what it was sent, as it stands or quoted."""
+  if key := secret():
+    for spelling in {
+      key,
+      json.dumps(key)[1:-1],
+      repr(key)[1:-1],
+      urllib.parse.quote(key),
+      urllib.parse.quote_plus(key),
+    }:
+      text = text.replace(spelling, "…")
+  return text

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any, Literal
 
 MISSING = "–"
@@ -88,11 +89,15 @@ def duration(seconds: float) -> str:
   return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+_LEAD = re.compile(r"([0-9]*)([#>]|[-+=.)](?=[\s=-]|$))")  # What begins a heading, a quotation or a list.
+
+
 def escaped(text: str) -> str:
-  """Text that Markdown shows as it is."""
-  for mark in "\\`*_[]|":
+  """Text that Markdown, and GitHub's with its formulas, shows as it is, in one line."""
+  for mark in "\\`*_[]|~$":
     text = text.replace(mark, f"\\{mark}")
-  return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+  plain = " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split())
+  return _LEAD.sub(r"\1\\\2", plain, count=1) if _LEAD.match(plain) else plain
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -6,8 +6,10 @@ award, 0 to 5 without it. All else, other braces included, stays as written.
 
 Text that goes into a placeholder is not ours: a person or a model wrote it, perhaps in order to end the response early
 and put in a verdict. So `neutralise` turns the brackets of any delimiter in it into round ones, `</response>` into
-`(/response)`: visible, of the same length, and no delimiter any more. And only what the judge writes *after* the prompt
-is ever parsed: a `Score: 5` inside a response counts for nothing.
+`(/response)`: visible, of the same length, and no delimiter any more. The delimiters are `<response>`, Llama 2's marks
+of its chat, and the tags that a template has beside its placeholders (`<answer>{response}</answer>`); labels and
+quotation marks are also ordinary text and cannot be kept out, so put what need not be trusted between tags. And only
+what the judge writes *after* the prompt is ever parsed: a `Score: 5` inside a response counts for nothing.
 """
 
 import dataclasses
@@ -20,15 +22,27 @@ from etils import epath
 
 RUBRICS = epath.resource_path("srlm_jax") / "rubrics"
 
-# Blanks inside a delimiter and its case do not matter: a model reads `< / Response >` as one, too.
-_RESPONSE = re.compile(r"<\s*(?:/\s*)?response\s*>", re.IGNORECASE)
-_CHAT = re.compile(r"\[\s*(?:/\s*)?inst\s*\]|<\s*<\s*(?:/\s*)?sys\s*>\s*>", re.IGNORECASE)
+# Blanks inside a delimiter and its case do not matter: a model reads `< / Response >` as one, too. "▁" is what
+# SentencePiece writes for a space.
+_BLANKS = "[\\s▁]*"
+_RESPONSE = rf"<{_BLANKS}(?:/{_BLANKS})?response{_BLANKS}>"
+_CHAT = rf"\[{_BLANKS}(?:/{_BLANKS})?inst{_BLANKS}\]|<{_BLANKS}<{_BLANKS}(?:/{_BLANKS})?sys{_BLANKS}>{_BLANKS}>"
 # How common chat formats spell special tokens, for models whose tokenizer is not ours to hold.
-_SPECIAL = re.compile(
-  r"<\s*\|[^<>|]{1,64}\|\s*>|<\s*(?:/\s*)?(?:s|bos|eos|pad|unk|(?:start|end)_of_turn|begin_of_text|end_of_text)\s*>",
-  re.IGNORECASE,
+_SPECIAL = (
+  rf"<{_BLANKS}\|[^<>|]{{1,64}}\|{_BLANKS}>"
+  rf"|<{_BLANKS}(?:/{_BLANKS})?(?:s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|begin_of_text|end_of_text){_BLANKS}>"
+  rf"|\[{_BLANKS}(?:/{_BLANKS})?(?:system_prompt|available_tools|tool_calls|tool_results){_BLANKS}\]"
 )
 _ROUND = str.maketrans("<>[]", "()()")
+_TAG = r"<\s*/?\s*[^\W\d_][\w .:-]{0,63}>|\[\s*/?\s*[^\W\d_][\w .:-]{0,63}\]"  # As a template has it beside a text.
+# Characters behind which a delimiter could hide: all but plain ASCII text. And those that nobody sees: control, format
+# and other ignorable characters, variation selectors, Hangul's fillers.
+_ODD = re.compile(r"[^\t\n\r -~]")
+_HIDDEN = re.compile(
+  "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+  "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+  "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 _HEADER = re.compile(r"#\s*range\s*:(.*)", re.IGNORECASE)
 # A score's line, behind markdown's marks; then what stands after the colon, without the marks around it.
@@ -46,40 +60,77 @@ _TASK_END = re.compile(
 _NUMBERED = re.compile(r"^[ \t]*[0-9]{1,3}[.)](?:[ \t]+|$)", re.MULTILINE)
 
 
+@functools.cache
+def _plain(character: str) -> str:
+  """A full-width or other compatibility character made plain; nothing for an invisible one."""
+  return _HIDDEN.sub("", unicodedata.normalize("NFKC", character))
+
+
 def _without_disguise(text: str) -> str:
-  """The text with full-width and other compatibility characters made plain, and invisible ones removed."""
-  plain = unicodedata.normalize("NFKC", text)
-  return "".join(character for character in plain if unicodedata.category(character) != "Cf")
+  """The text in plain characters; one by one, as whole texts can be made to take quadratic time."""
+  return "".join(map(_plain, text)) if _ODD.search(text) else text
+
+
+def _round(match: re.Match[str]) -> str:
+  return match[0].translate(_ROUND)
+
+
+@functools.cache
+def _pattern(*delimiters: str) -> re.Pattern[str]:
+  return re.compile("|".join(delimiters), re.IGNORECASE)
 
 
 def _neutralise(text: str, delimiter: re.Pattern[str]) -> str:
   """Makes the brackets of every match round; a text with a disguised match is made plain first, others stay as is."""
-  if not text.isascii():
-    plain = _without_disguise(text)
-    if len(delimiter.findall(plain)) != len(delimiter.findall(text)):
-      text = plain
-  return delimiter.sub(lambda match: match[0].translate(_ROUND), text)
+  text = delimiter.sub(_round, text)
+  plain = _without_disguise(text)
+  return delimiter.sub(_round, plain) if plain != text and delimiter.search(plain) else text
 
 
 def neutralise_chat(text: str) -> str:
   """Untrusted text in which `[INST]`, `[/INST]`, `<<SYS>>` and `<</SYS>>` have round brackets."""
-  return _neutralise(text, _CHAT)
+  return _neutralise(text, _pattern(_CHAT))
 
 
 def neutralise_specials(text: str) -> str:
   """Untrusted text for a model elsewhere: `[INST]`, `</s>`, `<|im_end|>` and their like have round brackets."""
-  return _neutralise(neutralise_chat(text), _SPECIAL)
+  return _neutralise(text, _pattern(_CHAT, _SPECIAL))
 
 
 def neutralise(text: str) -> str:
   """Untrusted text in which the chat's and the judge's delimiters (`<response>`, `</response>`) have round brackets."""
-  return _neutralise(neutralise_chat(text), _RESPONSE)
+  return _neutralise(text, _pattern(_CHAT, _RESPONSE))
+
+
+def neutralise_marks(text: str, marks: tuple[str, ...]) -> str:
+  """Untrusted text in which each of these marks, their own brackets around them, has round brackets."""
+  return _neutralise(text, _pattern(*map(_bracketed, marks))) if marks else text
+
+
+def _bracketed(mark: str) -> str:
+  """The pattern of `<name>` or `[name]`, its closing form included."""
+  left, right, name = re.escape(mark[0]), re.escape(mark[-1]), mark[1:-1].strip().removeprefix("/").split()
+  return rf"{left}{_BLANKS}(?:/{_BLANKS})?{_BLANKS.join(map(re.escape, name))}{_BLANKS}{right}"
+
+
+@functools.cache
+def _guarded(text: str, names: tuple[str, ...]) -> tuple[re.Pattern[str], int]:
+  """What no value of a template may hold, and how often the template itself does: its own tags are among it."""
+  place = rf"\{{(?:{'|'.join(map(re.escape, names))})\}}"
+  tags = [*re.findall(rf"({_TAG})(?=\s*{place})", text), *re.findall(rf"{place}\s*({_TAG})", text)]
+  delimiter = _pattern(_CHAT, _RESPONSE, *map(_bracketed, dict.fromkeys(tags)))
+  return delimiter, len(delimiter.findall(_without_disguise(text)))
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
   """Puts the neutralised values into their placeholders in one pass: a placeholder inside a value stays as it is."""
-  pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
-  return re.sub(pattern, lambda match: neutralise(values[match[0][1:-1]]), text)
+  delimiter, own = _guarded(text, tuple(values))
+  places = re.compile("|".join(re.escape(f"{{{name}}}") for name in values))
+  filled = places.sub(lambda match: _neutralise(values[match[0][1:-1]], delimiter), text)
+  if len(delimiter.findall(_without_disguise(filled))) == own:
+    return filled
+  # Two values, or one and the template, make a delimiter together: then no value keeps a bracket.
+  return places.sub(lambda match: _without_disguise(values[match[0][1:-1]]).translate(_ROUND), text)
 
 
 def _range(header: str, path: epath.Path) -> tuple[float, float]:

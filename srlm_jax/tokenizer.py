@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import re
 import tempfile
 from typing import Any
 
@@ -51,6 +52,7 @@ GOLDEN_TEXTS = (
   "[INST] neither this nor <response> is special [/INST]",
 )
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 Batch = list[list[int]]
 
 
@@ -90,7 +92,12 @@ class Tokenizer:
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> Batch:
-    """`encode` of many texts at once, in parallel where the library can."""
+    """`encode` of many texts at once, in parallel where the library can; ValueError for half a surrogate pair."""
+    for text in texts:
+      if half := _SURROGATE.search(text):
+        raise ValueError(
+          f"the text {text[:80]!r} holds half a surrogate pair, {half[0]!r}: no UTF-8 has it. Remove it."
+        )
     batch = self._encode(texts) if texts else []
     for text, ids in zip(texts, batch, strict=True):
       if not self.special_ids.isdisjoint(ids):
@@ -210,7 +217,7 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:  # The folder may be remote, and nothing else in it shall matter.
     for name, content in files.items():
       (epath.Path(folder) / name).write_bytes(content)
-    words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
   pieces = _pieces(files)
   _check_huggingface(words, pieces, path)
   special = _special_ids(words)
