@@ -202,7 +202,9 @@ def load_prompts(name: str) -> Prompts:
   end = ".txt" if "/" in name else ""
 
   def load(part: str, *placeholders: str) -> templates.Rating:
-    return templates.load_rating(f"{name}{part}{end}", placeholders)
+    found = templates.load_rating(f"{name}{part}{end}", placeholders)
+    templates.check_form("mt_bench.templates", f"{name}{part}", found.text, ("[[",))
+    return found
 
   first, second = ("question_1", "answer_1"), ("question_1", "answer_1", "question_2", "answer_2")
   return Prompts(

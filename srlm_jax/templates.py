@@ -1,8 +1,9 @@
 """Prompt texts and what is read back from a model's answer to them: judging, comparing, and writing new tasks.
 
 The wording lies in `rubrics/*.txt`, and a user may name a file of their own instead. A template file is plain text with
-placeholders in braces; `# range: LOW HIGH` as its first line (left out of the prompt) gives the scores that a judge may
-award, 0 to 5 without it. All else, other braces included, stays as written.
+placeholders in braces: all that its purpose has and no others, a model's text in one place. `# range: LOW HIGH` as its
+first line (left out of the prompt) gives the scores that a judge may award, 0 to 5 without it. All else, such as braces
+with anything but a name of three letters or more between them, stays as written.
 
 Text that goes into a placeholder is not ours: a person or a model wrote it, perhaps in order to end the response early
 and put in a verdict. So `neutralise` turns the brackets of any delimiter in it into round ones, `</response>` into
@@ -19,6 +20,8 @@ import re
 import unicodedata
 
 from etils import epath
+
+from srlm_jax import lines
 
 RUBRICS = epath.resource_path("srlm_jax") / "rubrics"
 
@@ -44,6 +47,9 @@ _HIDDEN = re.compile(
   "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 
+LONGEST = 1 << 18  # Bytes of a template: more than any judge's context holds beside a response.
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]{2,})\}")
+_ONCE = ("response", "answer", "tasks")  # What begins so is a model's text, which must not count twice.
 _HEADER = re.compile(r"#\s*range\s*:(.*)", re.IGNORECASE)
 # A score's line, behind markdown's marks; then what stands after the colon, without the marks around it.
 _SCORE_LINE = re.compile(r"[\s*_#>`-]*score[\s*_`]*:[\s*_`]*(.*)", re.IGNORECASE)
@@ -144,23 +150,46 @@ def _range(header: str, path: epath.Path) -> tuple[float, float]:
   return low, high
 
 
+def _check_placeholders(path: epath.Path, text: str, names: tuple[str, ...]) -> None:
+  missing = [f"{{{name}}}" for name in names if f"{{{name}}}" not in text]
+  if missing:
+    raise ValueError(f"{path} lacks {' and '.join(missing)}: write it where the text belongs.")
+  for name in _PLACEHOLDER.findall(text):
+    if name not in names:
+      known = " and ".join(f"{{{one}}}" for one in names)
+      raise ValueError(
+        f"{path} has {{{name}}}, which nothing fills in: its placeholders are {known}. Correct the name, or write "
+        f"{{ {name} }} where the braces are meant."
+      )
+    if name.startswith(_ONCE) and text.count(f"{{{name}}}") > 1:
+      raise ValueError(f"{path} has {{{name}}} more than once: a model's text must stand in one place. Leave one.")
+
+
+def check_form(key: str, name_or_path: str, text: str, forms: tuple[str, ...]) -> None:
+  """ValueError where a template never shows a form, in any case, that its answers are read by: "Score:", "[[A]]"."""
+  missing = [form for form in forms if form.lower() not in text.lower()]
+  if missing:
+    raise ValueError(
+      f"{key}={name_or_path}: the template never says {missing[0]!r}, by which an answer is read: nothing could be. "
+      "Ask for a last line with it."
+    )
+
+
 @functools.cache
 def _load(name_or_path: str, names: tuple[str, ...]) -> tuple[str, float, float, str]:
-  """Text without its header, low, high and digest of a template; ValueError where a placeholder is missing."""
+  """Text without its header, low, high and digest of a template; ValueError where its placeholders are others."""
   path = epath.Path(name_or_path)
   if "/" not in name_or_path and not name_or_path.endswith(".txt"):
     path = RUBRICS / f"{name_or_path}.txt"
   if not path.exists():
     known = ", ".join(sorted(file.stem for file in RUBRICS.glob("*.txt")))
     raise ValueError(f"no template {name_or_path!r}: name one of {known}, or the path of your own .txt file.")
-  source = path.read_text()
+  source = lines.text(path, LONGEST)
   first, _, rest = source.partition("\n")
   header = _HEADER.fullmatch(first.strip())
   low, high = _range(header[1], path) if header else (0.0, 5.0)
   text = (rest if header else source).strip()
-  missing = [f"{{{name}}}" for name in names if f"{{{name}}}" not in text]
-  if missing:
-    raise ValueError(f"{path} lacks {' and '.join(missing)}: write it where the text belongs.")
+  _check_placeholders(path, text, names)
   return text, low, high, hashlib.sha256(source.encode()).hexdigest()
 
 

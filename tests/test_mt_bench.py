@@ -206,6 +206,10 @@ def test_prompts_of_one_s_own(tmp_path: epath.Path) -> None:
     (epath.Path(tmp_path) / f"mine{name}.txt").write_text(f"Mine. {text}")
   mine = mt_bench.load_prompts(f"{tmp_path}/mine")
   assert mine.plain[0].text.startswith("Mine. ") and mine.digest != mt_bench.load_prompts("mt_bench").digest
+  epath.Path(tmp_path / "mine_second.txt").write_text(mine.plain[1].text.replace("[[5]]", "5"))
+  templates._load.cache_clear()
+  with pytest.raises(ValueError, match=r"mt_bench.templates=.*mine_second: the template never says '\[\['"):
+    mt_bench.load_prompts(f"{tmp_path}/mine")
   with pytest.raises(ValueError, match="no template 'theirs'"):
     mt_bench.load_prompts("theirs")
 

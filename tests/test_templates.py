@@ -210,7 +210,13 @@ def test_a_users_rubric(tmp_path: pathlib.Path) -> None:
   "text, message",
   [
     ("Rate {instruction}", r"lacks \{response\}: write it"),
-    ("", r"lacks \{instruction\} and \{response\}"),
+    (" \n", "bad.txt: is empty"),
+    ("# range: 0 5\n", r"lacks \{instruction\} and \{response\}"),
+    ("{instruction} {respons} {response}", r"has \{respons\}, which nothing fills in: its placeholders are \{instr"),
+    ("{instruction} {response} {response_a}", r"Correct the name, or write \{ response_a \} where the braces are"),
+    ("{response} {instruction} {response}", r"bad.txt has \{response\} more than once: a model's text must stand in"),
+    ("x" * (1 << 18) + "{instruction}{response}", "bad.txt: longer than 262,144 bytes"),
+    ("{instruction}{response}\0", "bad.txt, byte 24: a NUL byte"),
     ("# range: 5\n{instruction}{response}", "the range is '5', it must be two rising numbers"),
     ("# range: 5 1\n{instruction}{response}", "the range is '5 1'"),
     ("# range: nan 1\n{instruction}{response}", "the range is 'nan 1'"),
@@ -222,6 +228,29 @@ def test_bad_rubrics_are_refused(tmp_path: pathlib.Path, text: str, message: str
   path.write_text(text)
   with pytest.raises(ValueError, match=message):
     templates.load_rubric(str(path))
+
+
+def test_a_rubric_of_another_encoding_is_refused(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / "bad.txt"
+  path.write_bytes("{instruction} caf\u00e9 {response}".encode("latin-1"))
+  with pytest.raises(ValueError, match="bad.txt, byte 18: 0xe9 is no UTF-8"):
+    templates.load_rubric(str(path))
+  path.write_bytes("\ufeff# range: 1 9\r\n{instruction} caf\u00e9 {response}".encode())
+  rubric = templates.load_rubric(str(path))
+  assert (rubric.low, rubric.high, rubric.text) == (1, 9, "{instruction} caf\u00e9 {response}")
+
+
+def test_other_braces_and_an_instruction_said_twice_stay(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / "mine.txt"
+  path.write_text("{} {x} {12} {a b} {instruction}: {response} {{ response }} {instruction}")
+  assert templates.load_rubric(str(path)).fill("do", "done") == "{} {x} {12} {a b} do: done {{ response }} do"
+
+
+def test_a_template_asks_in_the_form_that_is_read() -> None:
+  text = templates.load_pairwise("pairwise").text
+  templates.check_form("evaluate.pairwise", "pairwise", text, ("[[A]]", "[[B]]"))
+  with pytest.raises(ValueError, match=r"judge.rubric=mine: the template never says 'Score:'.*Ask for a last line"):
+    templates.check_form("judge.rubric", "mine", text, ("Score:",))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: pathlib.Path) -> None:
