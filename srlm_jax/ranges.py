@@ -160,14 +160,14 @@ def range_of(key: str) -> Range | None:
 
 
 def wrong(settings: config_dict.ConfigDict) -> Iterable[str]:
-  """A sentence for each number that lies outside its range."""
+  """What is wrong with each number that lies outside its range."""
   base = artifacts.flatten(config_lib.base().to_dict())
   for key, value in artifacts.flatten(settings.to_dict()).items():
     rule = range_of(key)
     if rule is None or isinstance(value, bool) or not isinstance(value, (int, float)) or rule.holds(value):
       continue
-    usual = f"; the base configuration has {base[key]}" if key in base else ""
-    yield f"config.{key}={value}: must be {rule}{usual}."
+    usual = f" (the base configuration has {base[key]})" if key in base else ""
+    yield f"config.{key}={value} must be {rule}{usual}"
 
 
 def check(settings: config_dict.ConfigDict) -> None:
@@ -179,7 +179,7 @@ def check(settings: config_dict.ConfigDict) -> None:
   """
   values = artifacts.flatten(settings.to_dict())
   if found := list(wrong(settings)):
-    raise ValueError("\n".join(found))
+    raise ValueError(f"out of range: {'; '.join(found)}.")
   for key, valid in CHOICES.items():
     if values[key] not in valid:
       raise artifacts.unknown(values[key], list(valid), key)

@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+pytest_plugins = ["error_list"]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_module():

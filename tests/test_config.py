@@ -213,7 +213,7 @@ def test_the_readme_names_settings_that_exist() -> None:
     ({"evaluate.judge": "m7"}, "'m7' is not a model"),
     ({"select.judge": "writr"}, "'writr' is not a select.judge of baseline. Did you mean 'writer'?"),
     ({"select.judge": "oracle"}, "select.judge='oracle' judges the tiny world alone"),
-    ({"select.patience": 0}, "config.select.patience=0: must be at least 1"),
+    ({"select.patience": 0}, "config.select.patience=0 must be at least 1"),
   ],
 )
 def test_an_impossible_choice_is_refused_before_any_work(changes: dict[str, object], message: str) -> None:
