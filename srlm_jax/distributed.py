@@ -32,19 +32,16 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax._src import distributed as jax_distributed  # The coordination service has no public name.
 
-LOST = 75  # EX_TEMPFAIL: start it again.
+from srlm_jax import endings
+
+LOST = endings.AGAIN
 NEVER = 10**6  # Seconds. JAX's own time-outs end a process without a word and with another code: ours come first.
-LIBRARIES_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "coordination service")
 
 T = TypeVar("T")
 
 _calls = itertools.count()  # Numbers what all processes do together: the same number must be the same thing.
 _progress: list[Any] = [0, "start"]  # How often this process has moved, and where it was.
 _alone = contextvars.ContextVar("alone", default=False)  # Whether this thread works without the others for a while.
-
-
-class PeerLost(RuntimeError):
-  """Another process is dead, stuck or gone, so this one cannot go on; the run can, once all are started again."""
 
 
 def _seconds(name: str, default: float) -> float:
@@ -127,7 +124,7 @@ def first(what: str, work: Callable[[], T]) -> T:
     try:
       text = client.blocking_key_value_get(key, NEVER * 1000)  # Where nobody moves any more, `_watch` ends it.
     except jax.errors.JaxRuntimeError as error:
-      raise PeerLost(f"process 0 did not finish {what!r}: {_short(error)}") from error
+      raise endings.PeerLost(f"process 0 did not finish {what!r}: {endings.first_line(error)}") from error
   progress(f"after {what}")
   return json.loads(text)
 
@@ -164,7 +161,9 @@ def barrier(what: str, seconds: float = NEVER) -> None:
   except jax.errors.JaxRuntimeError as error:
     here = {int(path.rpartition("/")[2]) for path, _ in client.key_value_dir_get(f"{key}/")}
     absent = ", ".join(str(peer) for peer in range(state.num_processes) if peer not in here)
-    raise PeerLost(f"process {absent or '?'} did not come to {what!r} in {seconds:g} s ({_short(error)}).") from error
+    raise endings.PeerLost(
+      f"process {absent or '?'} did not come to {what!r} in {seconds:g} s ({endings.first_line(error)})."
+    ) from error
   progress(f"after {what}")
 
 
@@ -272,21 +271,15 @@ def _leave(message: str, code: int) -> NoReturn:
   os._exit(code)
 
 
-def _short(error: BaseException) -> str:
-  """The first line of a library's message."""
-  return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _fail(error: BaseException) -> NoReturn:
   """Shows the error, tells the others and ends this process: an orderly exit would wait for them."""
   if isinstance(error, SystemExit):
-    code, message = (error.code, "") if isinstance(error.code, int) else (1, str(error.code))
-  elif isinstance(error, PeerLost):
-    code, message = LOST, str(error)
+    code = error.code if isinstance(error.code, int) else endings.BUG
+    message = "" if str(error) == str(code) else str(error)
   else:
-    traceback.print_exception(error)
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LIBRARIES_LOST)
-    code, message = LOST if lost else 1, f"{type(error).__name__}: {_short(error)}"
+    code, message = endings.of(error)
+    if code == endings.BUG:
+      traceback.print_exception(error)
   message = message or f"exit code {code}"
   _say(message)
   with contextlib.suppress(jax.errors.JaxRuntimeError):

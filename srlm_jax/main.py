@@ -13,9 +13,11 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 import secrets
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging as absl_logging
 from etils import epath
@@ -28,6 +30,7 @@ from srlm_jax import (
   comparison,
   convert,
   distributed,
+  endings,
   grading,
   human_eval,
   llama,
@@ -354,12 +357,17 @@ def _log_to_stderr() -> None:
   ours.setLevel(logging.INFO if distributed.writes() else logging.WARNING)
 
 
+def _refused(message: str) -> app.UsageError:
+  """The error for a wrong command line."""
+  return app.UsageError(message, endings.REFUSED)
+
+
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
   stage = " ".join(argv[1:])
   second = {words.split()[0] for words in COMMANDS}
   if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
-    raise app.UsageError(f"exactly one stage is wanted, got {stage or 'none'}.")
+    raise _refused(f"exactly one stage is wanted, got {stage or 'none'}.")
   valid = [
     "all",
     "stages",
@@ -373,26 +381,26 @@ def main(argv: Sequence[str]) -> None:
     *COMMANDS,
   ]
   if stage not in valid:
-    raise app.UsageError(str(artifacts.unknown(stage, valid, "stage")))
+    raise _refused(str(artifacts.unknown(stage, valid, "stage")))
   if stage == "compare" and not (_RUNS.value and _OUT.value):
-    raise app.UsageError("compare needs --runs, work directories with commas between, and --out, the page to write.")
+    raise _refused("compare needs --runs, work directories with commas between, and --out, the page to write.")
   if _CONFIG.value is None and stage not in ("compare", "human-eval-read"):
-    raise app.UsageError("--config is missing: a file such as configs/tiny.py.")
+    raise _refused("--config is missing: a file such as configs/tiny.py.")
   if _WORKDIR.value is None and stage not in ("stages", "plan", "compare", "human-eval-read"):
-    raise app.UsageError("--workdir is missing: the folder where this run keeps its artifacts.")
+    raise _refused("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
-    raise app.UsageError("plan needs --topology: v5p:4x4x4, say, or auto.")
+    raise _refused("plan needs --topology: v5p:4x4x4, say, or auto.")
   if stage == "export" and not (_MODEL.value and _OUT.value):
-    raise app.UsageError("export needs --model, a finished model, and --out, the folder to write.")
+    raise _refused("export needs --model, a finished model, and --out, the folder to write.")
   if stage == "reward" and not _MODEL.value:
-    raise app.UsageError("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
+    raise _refused("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
   missing = [f"--{name}" for name in COMMANDS[stage].needs if not flags.FLAGS[name].value] if stage in COMMANDS else []
   if missing:
-    raise app.UsageError(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
+    raise _refused(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
   if stage == "human-eval" and not (_MODEL.value and _AGAINST.value and _OUT.value):
-    raise app.UsageError("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
+    raise _refused("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
   if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
-    raise app.UsageError("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
+    raise _refused("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -423,20 +431,43 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       human_page(_CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _ITEMS.value, _absolute(_OUT.value))
     else:
       run_steps(_CONFIG.value, workdir, stage)
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    if _DEBUG.value:
+  except (Exception, KeyboardInterrupt, endings.Terminated) as error:
+    code, message = endings.of(error)
+    if code == endings.BUG:
       raise
-    sys.exit(f"srlm {stage}: {error}")
-  except KeyboardInterrupt:
-    logger.info("srlm %s: interrupted; the same command goes on from here", stage)
-    sys.exit(130)
+    if _DEBUG.value:
+      traceback.print_exception(error)
+    ended = endings.Ended(code, f"srlm {stage}: {message}")
+    if not distributed.name():  # Of several processes each says it where they end together.
+      print(ended, file=sys.stderr, flush=True)
+    raise ended from error
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+  """Reads the flags, the configuration's file among them; what is wrong with them ends the program in a sentence."""
+  try:
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is not None:
+      _CONFIG.value.to_dict()  # A file that could not be read is no error before it is used.
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    if any(re.match("--?debug", argument) for argument in argv):
+      raise
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    told = " ".join(lines)
+    if "Traceback (most recent call last):" in lines:  # A configuration that raises: its error is in the last line.
+      told = lines[-1].partition(": ")[2]
+    elif isinstance(error, OSError):
+      told = f"--config: {lines[-1]}"  # The rest is about the ways in which it was looked for.
+    print(f"srlm: {told}\n`srlm --help` lists the stages.", file=sys.stderr, flush=True)
+    sys.exit(endings.REFUSED)
+  return rest
 
 
 def run() -> None:
   """Console entry point."""
   sys.modules["__main__"].__doc__ = usage()  # What absl shows for --help and beside a usage error.
-  app.run(main)
+  app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ from etils import epath
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, config, human_eval, main, modelstore, records, steps, templates
+from srlm_jax import artifacts, config, endings, human_eval, main, modelstore, records, steps, templates
 from srlm_jax.stages import report as report_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,10 +64,35 @@ def test_stages_are_shown() -> None:
 
 def test_a_misspelt_stage_ends_the_program_with_a_suggestion() -> None:
   found = srlm("jugde", f"--config={SMOKE}", "--workdir=nowhere")
-  assert found.returncode != 0 and not (ROOT / "nowhere").exists()
+  assert found.returncode == 2 and not (ROOT / "nowhere").exists()
   output = found.stdout + found.stderr
   assert "'jugde' is not a stage. Did you mean 'judge'?" in output and "Traceback" not in output
   assert "usage: srlm STAGE --config=FILE" in output
+
+
+WRONG_FLAGS = {
+  "--config=configs/nowhere.py": "srlm: --config: [Errno 2] No such file or directory: 'configs/nowhere.py'",
+  "--config=configs/tiny.py:smoker": "srlm: configs/tiny.py:smoker: the variants are none and 'smoke'.",
+  "--config.dpoo.beta=1": """srlm: 'dpoo' Did you mean "dpo" instead of "dpoo"?""",
+  "--config.dpo.beta=x": "srlm: flag --config.dpo.beta=x: could not convert string to float: 'x'",
+  "--wrokdir=w": "srlm: Unknown command line flag 'wrokdir'. Did you mean: workdir ?",
+}
+
+
+def test_a_wrong_flag_ends_the_program_in_a_sentence() -> None:
+  each = (  # A process for each, of one that has imported everything already: flags are read once in a process.
+    "import os, sys\nfrom srlm_jax import main\n"
+    "smoke, *wrong = sys.argv[1:]\n"
+    "for flag in wrong:\n"
+    "  if not (child := os.fork()):\n"
+    "    file = [] if flag.startswith('--config=') else [f'--config={smoke}']\n"
+    "    sys.argv = ['srlm', 'stages', *file, flag]\n"
+    "    main._parse(sys.argv)\n"
+    "  print('code', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)\n"
+  )
+  done = subprocess.run([sys.executable, "-c", each, SMOKE, *WRONG_FLAGS], cwd=ROOT, capture_output=True, text=True)
+  said = [line for line in done.stderr.splitlines() if line.startswith(("srlm: ", "code "))]
+  assert said == [line for message in WRONG_FLAGS.values() for line in (message, "code 2")]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +280,45 @@ def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: pathl
     with pytest.raises(SystemExit) as stopped:
       main.main(["srlm", "all"])
   assert stopped.value.code == 130
+
+
+@pytest.mark.parametrize(
+  ("error", "code", "message"),
+  [
+    (FloatingPointError("the loss is nan"), 4, "srlm all: the loss is nan"),
+    (OSError(errno.ENOSPC, "No space left on device"), 74, "srlm all: the disk is full: [Errno 28] No space left"),
+    (MemoryError(), 3, "srlm all: out of memory (MemoryError.) In sampling"),
+    (endings.Terminated("SIGTERM"), 75, "srlm all: SIGTERM. The same command goes on from here."),
+  ],
+)
+def test_each_end_has_its_code_and_one_line(
+  error: BaseException,
+  code: int,
+  message: str,
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: pathlib.Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  def broken(*_: object) -> None:
+    raise error
+
+  monkeypatch.setattr(main, "run_steps", broken)
+  for debug in (False, True):
+    with (
+      flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path), compilation_cache=""),
+      flagsaver.flagsaver(debug=debug),
+    ):
+      with pytest.raises(endings.Ended) as ended:
+        main.main(["srlm", "all"])
+    told = capsys.readouterr().err
+    assert ended.value.code == code and ("Traceback" in told) == debug
+    assert [line for line in told.splitlines() if line.startswith("srlm ")][0].startswith(message)
+
+
+def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+  monkeypatch.setattr(main, "run_steps", lambda *_: {}["nothing"])
+  with flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path), compilation_cache=""), pytest.raises(KeyError):
+    main.main(["srlm", "all"])
 
 
 def test_one_stage_alone(run: Run, tmp_path: pathlib.Path) -> None:
