@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 import hashlib
 from typing import Literal
 
+from etils import epath
+
+from srlm_jax import templates
 from srlm_jax.oasst import prompt_key
-from srlm_jax.records import Record, SFTExample
+from srlm_jax.records import Record, SFTExample, read_given
 
 
 class Judged(Record):
@@ -198,6 +201,47 @@ def to_examples(accepted: Iterable[Judged], rubric_fill: Callable[[str, str], st
     )
     for one in accepted
   ]
+
+
+def annotated(
+  path: epath.PathLike, rubric: templates.Rubric, heldout: Iterable[str] = ()
+) -> tuple[list[SFTExample], Counter[str]]:
+  """The judgements that annotators wrote and M1 can learn to judge from (`eft.writer="annotators"`).
+
+  Args:
+    path: of their file of SFTExample: a judge prompt, and a judgement that ends in a score.
+    rubric: by which M1 will judge, and its judgements be read.
+    heldout: prompts that models are measured by: a judgement of an answer to one, in this rubric's words, is left out.
+
+  Returns:
+    The judgements, and the counts "judgements/kept" and "judgements/<reason>", whose sum is "judgements".
+
+  Raises:
+    ValueError: a file that cannot be read (`records.read_given`), or of which nothing is left.
+  """
+  opening, _, _ = rubric.text.partition("{response}")
+  measured: tuple[str, ...] = ()
+  if "{instruction}" in opening:  # Else a prompt does not show what it is about before the response.
+    measured = tuple(templates.fill(opening, {"instruction": text}) for text in heldout)
+  kept: list[SFTExample] = []
+  counts: Counter[str] = Counter()
+  for one in read_given(path, SFTExample):
+    _, reason = templates.parse_score(one.response, rubric.low, rubric.high)
+    if one.kind != "eft":
+      reason = "kind is not eft"
+    elif not reason and one.prompt.startswith(measured):
+      reason = "prompt held out"
+    if not reason:
+      kept.append(one)
+    counts["judgements"] += 1
+    counts[f"judgements/{reason or 'kept'}"] += 1
+  if not kept:
+    reasons = ", ".join(f"{key.partition('/')[2]} ({number})" for key, number in counts.items() if "/" in key)
+    raise ValueError(
+      f"{path}: none of its {counts['judgements']} judgements can be learned from: {reasons}. Needed are lines of kind "
+      f'"eft" whose response ends in a line such as "Score: {rubric.high:g}", from {rubric.low:g} to {rubric.high:g}.'
+    )
+  return kept, counts
 
 
 def no_overlap(train: Iterable[str], heldout: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import zipfile
+import zlib
 
 from etils import epath
 import jax
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from srlm_jax import batching, distributed, llama, mesh as mesh_lib
+
+_OF_ARCHIVES = (OSError, EOFError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile)
+LARGEST = 8 << 30  # Bytes of a file of vectors, unpacked: 250,000 of 8,192 numbers.
 
 
 @jax.jit
@@ -65,32 +69,48 @@ def of_model(
 
 
 def from_file(path: epath.Path, ids: Sequence[str]) -> np.ndarray:
-  """float32 [N, D]: the vectors of these ids in an .npz file with the arrays `ids` (text) [M] and `vectors` [M, D].
+  """float32 [N, D]: the vectors of these ids in an .npz file, as `load` reads it; ValueError where it lacks an id."""
+  rows, vectors = load(path)
+  missing = [name for name in ids if name not in rows]
+  if missing:
+    raise ValueError(
+      f"analysis.vectors={path} lacks {len(missing)} of {len(ids)} ids, {missing[0]!r} first: {_form(path)}."
+    )
+  return vectors[[rows[name] for name in ids]]
 
-  ValueError where the file is another one, or lacks an id.
+
+def _form(path: epath.Path) -> str:
+  return f"write it with numpy.savez({path.name!r}, ids=[…], vectors=[[…], …]), a row for each id of prompts.jsonl"
+
+
+def load(path: epath.Path) -> tuple[dict[str, int], np.ndarray]:
+  """The row of each id, and the rows, of an .npz file with the arrays `ids` (text) [M] and `vectors` [M, D].
+
+  ValueError where the file is another one, larger than LARGEST, or has an id twice or a value that is not finite.
   """
-  form = f"write it with numpy.savez({path.name!r}, ids=[…], vectors=[[…], …]), a row for each id of prompts.jsonl"
+  form = _form(path)
   try:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-      names, vectors = arrays["ids"], np.asarray(arrays["vectors"], np.float32)
+      size = sum(part.file_size for part in arrays.zip.infolist())
+      if size > LARGEST:  # A small archive may unpack to anything.
+        raise ValueError(f"it unpacks to {size:,} bytes, of at most {LARGEST:,}")
+      with np.errstate(over="ignore"):  # What is too large for float32 is refused below.
+        names, vectors = arrays["ids"], np.asarray(arrays["vectors"], np.float32)
   except FileNotFoundError as error:
     raise ValueError(f"analysis.vectors={path}: there is no such file: {form}.") from error
-  except (
-    KeyError,
-    ValueError,
-    OSError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    zipfile.BadZipFile,
-  ) as error:  # Not an .npz, or with other arrays.
+  except (*_OF_ARCHIVES, KeyError, ValueError, TypeError, AttributeError) as error:  # The last four: other arrays.
     raise ValueError(
       f"analysis.vectors={path}: not an .npz file with `ids` and `vectors` ({error}): {form}."
     ) from error
   if vectors.ndim != 2 or names.shape != vectors.shape[:1]:
     raise ValueError(f"analysis.vectors={path}: ids {names.shape} and vectors {vectors.shape} do not fit: {form}.")
   rows = {str(name): row for row, name in enumerate(names)}
-  missing = [name for name in ids if name not in rows]
-  if missing:
-    raise ValueError(f"analysis.vectors={path} lacks {len(missing)} of {len(ids)} ids, {missing[0]!r} first: {form}.")
-  return vectors[[rows[name] for name in ids]]
+  if len(rows) < len(names):
+    raise ValueError(f"analysis.vectors={path}: {len(names) - len(rows)} of its ids are there twice: {form}.")
+  odd = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+  if odd.size:
+    raise ValueError(
+      f"analysis.vectors={path}: the vector of {str(names[odd[0]])[:80]!r} has a value that is not finite in float32; "
+      f"{odd.size} have one: give finite ones."
+    )
+  return rows, vectors

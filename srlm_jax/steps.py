@@ -18,6 +18,7 @@ from srlm_jax import (
   digests,
   early_stopping,
   endpoint,
+  given,
   mesh as mesh_lib,
   ranges,
   safety,
@@ -159,6 +160,7 @@ def check_start(
     "monitors.prompts": "safety" in stages,
     "analysis.vectors": "embed" in stages and c.analysis.vectors,
   }
+  files = {}
   for key in (key for key, wanted in needed.items() if wanted):
     value = functools.reduce(lambda section, part: section[part], key.split("."), c)
     path = resolve(value, workdir)
@@ -168,6 +170,7 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.{other}")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
+    files[key] = path
   asks = {"evaluate": c.evaluate.grader, "sft": c.select.judge, "dpo": c.select.judge}
   asks["classify"] = "" if c.world.enabled else c.evaluate.grader
   if any(asks.get(stage) == "endpoint" for stage in stages):  # Both raise for what they cannot use.
@@ -176,6 +179,7 @@ def check_start(
   pretrains = c.base.kind == "pretrain" and "m0" in folders
   trained = {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}
   check_batches(settings, mesh, [name for name, wanted in trained.items() if wanted])
+  given.check(settings, files, stages)
 
 
 def check_batches(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, trained: Sequence[str]) -> None:

@@ -1,10 +1,12 @@
 """Tests of srlm_jax.eft by cases that can be checked by hand."""
 
 from collections import Counter
+import dataclasses
+import pathlib
 
 import pytest
 
-from srlm_jax import eft
+from srlm_jax import eft, records, templates
 
 
 def judged(name: str, *attempts: list[float | None]) -> list[eft.Judged]:
@@ -70,6 +72,47 @@ def test_first_agreeing_attempt_wins() -> None:
   assert kept(accepted) == [("p", "r0", 2), ("p", "r1", 2)]
   # The samples of different attempts are not combined: 5 of attempt 1 and 2 of attempt 0 would agree.
   assert not eft.accept(judged("p", [2, 2], [5, 5]))[0]
+
+
+def example(name: str, prompt: str = "Name a bird.", response: str = "Fine.\nScore: 4", kind: str = "eft") -> str:
+  filled = templates.load_rubric("judge_additive").fill(prompt, "owl")
+  return records.dumps([records.SFTExample(id=name, kind=kind, prompt=filled, response=response)])
+
+
+def test_annotators_judgements_that_cannot_be_learned_from_are_counted(tmp_path: pathlib.Path) -> None:
+  path, rubric = tmp_path / "judgements.jsonl", templates.load_rubric("judge_additive")
+  path.write_text(
+    example("good")
+    + example("kind", kind="ift")
+    + example("none", response="Fine.")
+    + example("range", response="Score: 6")
+    + example("held out", prompt="Say [INST] owl.")
+    + example("longer", prompt="Say [INST] owl. Twice.")
+  )
+  kept, counts = eft.annotated(path, rubric, ["Say [INST] owl.", "Say crow."])
+  assert [one.id for one in kept] == ["good", "longer"]
+  assert counts == {
+    "judgements": 6,
+    "judgements/kept": 2,
+    "judgements/kind is not eft": 1,
+    "judgements/no_score": 1,
+    "judgements/out_of_range": 1,
+    "judgements/prompt held out": 1,
+  }
+  assert len(eft.annotated(path, rubric)[0]) == 3
+  # Without the instruction before the response no prompt can be told by its beginning.
+  turned = dataclasses.replace(rubric, text="Score: {response} {instruction}")
+  assert len(eft.annotated(path, turned, ["Say [INST] owl."])[0]) == 3
+
+
+def test_a_file_without_any_usable_judgement_is_refused(tmp_path: pathlib.Path) -> None:
+  path, rubric = tmp_path / "judgements.jsonl", templates.load_rubric("judge_five_bucket")
+  path.write_text(example("a", response="4 of 5") + example("b", response="Score: 0") + example("c", kind="ift"))
+  with pytest.raises(ValueError, match=r"none of its 3 judgements can be learned from: no_score \(1\), out_of_range "):
+    eft.annotated(path, rubric)
+  path.write_text(example("a") * 2)
+  with pytest.raises(ValueError, match=r"line 2: the id 'a' is on line 1, too"):
+    eft.annotated(path, rubric)
 
 
 def test_order_of_the_judgements_does_not_matter() -> None:

@@ -45,6 +45,21 @@ def test_vectors_of_another_encoder_are_found_by_their_ids(tmp_path: pathlib.Pat
     embedding.from_file(path, ["x", "a", "y"])
 
 
+def test_vectors_that_cannot_be_drawn_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  path = epath.Path(tmp_path / "mine.npz")
+  np.savez(path, ids=["a", "b", "a"], vectors=[[1.0], [2.0], [3.0]])
+  with pytest.raises(ValueError, match=r"mine\.npz: 1 of its ids are there twice"):
+    embedding.load(path)
+  np.savez(path, ids=["a", "b", "c"], vectors=[[1.0], [np.nan], [1e300]])
+  with pytest.raises(ValueError, match=r"the vector of 'b' has a value .*; 2 have one"):
+    embedding.load(path)
+  monkeypatch.setattr(embedding, "LARGEST", 1 << 20)
+  np.savez_compressed(path, ids=["a"], vectors=np.zeros((1, 1 << 20)))
+  assert path.stat().length < 1 << 20
+  with pytest.raises(ValueError, match=r"it unpacks to 8,388,\d+ bytes, of at most 1,048,576"):
+    embedding.load(path)
+
+
 def test_files_of_another_form_are_refused(tmp_path: pathlib.Path) -> None:
   path = epath.Path(tmp_path / "mine.npz")
   with pytest.raises(ValueError, match=r"mine\.npz: there is no such file: write it with numpy\.savez\('mine\.npz'"):

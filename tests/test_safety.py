@@ -159,5 +159,5 @@ def test_steps_of_a_run_with_prompts(tmp_path: epath.Path) -> None:
   (place / c.monitors.prompts).write_text("{}")
   assert {step.folder: step.config for step in steps.plan(c, place, None)}["safety/m2"] == first.config
   c.monitors.canary_prompts = -1
-  with pytest.raises(ValueError, match=r"monitors\.canary_prompts=-1: 0 for none"):
+  with pytest.raises(ValueError, match=r"monitors\.canary_prompts=-1 must be at least 0"):
     steps.plan(c, place, None)

@@ -10,7 +10,7 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, eft, modelstore, records, rollout
+from srlm_jax import artifacts, eft, modelstore, records, rollout, templates
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ def run(
   """Writes eft.jsonl. Reads inputs "seed" and, for the paper's construction, "baseline"."""
   section = settings.eft
   if section.writer == "annotators":
-    examples = list(records.read_given(where["judgements"], records.SFTExample))
-    counts = {"written by annotators": len(examples)}
+    examples, found = _from_annotators(out, settings, where["judgements"])
+    counts = {"written by annotators": len(examples), **found}
   else:
     examples, counts = _from_baseline(out, settings, mesh)
   if section.max_examples and len(examples) > section.max_examples:
@@ -34,6 +34,20 @@ def run(
     logger.warning("eft: no judgement was accepted, so M1 learns from IFT alone. The counts above say why.")
   out.write_records("eft.jsonl", examples)
   out.commit({"counts": counts, "examples": len(examples), "writer": section.writer})
+
+
+def _from_annotators(
+  out: artifacts.Artifact, settings: config_dict.ConfigDict, path: epath.Path
+) -> tuple[list[records.SFTExample], dict[str, int]]:
+  """What annotators wrote, without what measures models, and how many were left out, with the reasons."""
+  heldout = [one.prompt for one in out.inputs["seed"].read("ranked_heldout.jsonl", records.RankedReplies)]
+  heldout += [one.text for one in out.inputs["seed"].read("eval_prompts.jsonl", records.Prompt)]
+  examples, counts = eft.annotated(path, templates.load_rubric(settings.judge.rubric), heldout)
+  return examples, {
+    f"left out: {name.partition('/')[2]}": number
+    for name, number in counts.items()
+    if "/" in name and name != "judgements/kept"
+  }
 
 
 def _rank(one: records.RankedReplies, place: int) -> int:

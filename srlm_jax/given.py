@@ -1,0 +1,54 @@
+"""A user's data files, opened and checked before the first stage of a run, not hours later when a stage reads them."""
+
+from collections.abc import Collection, Mapping
+
+from etils import epath
+from ml_collections import config_dict
+
+from srlm_jax import classes, eft, embedding, records, templates
+from srlm_jax.stages import seed
+
+
+def check(settings: config_dict.ConfigDict, paths: Mapping[str, epath.Path], stages: Collection[str]) -> None:
+  """ValueError, naming the file, where a stage that is to run would refuse one of the files that it reads.
+
+  Args:
+    settings: of the run.
+    paths: the files that are needed, by setting ("data.trees"). Those that are not there are not checked: who calls
+      knows whether an earlier stage makes them.
+    stages: that are to run.
+  """
+  there = {key: path for key, path in paths.items() if path.exists()}
+  names = {"trees": "data.trees", "heldout_trees": "data.heldout_trees", "eval_prompts": "data.eval_prompts"}
+  wanted = {**names, "validation": "select.path"}
+  if "data.trees" in there and all(key in there for key in wanted.values() if key in paths):
+    seed.read(settings, {role: there.get(key) for role, key in wanted.items()})
+  if "data.judgements" in there:
+    eft.annotated(there["data.judgements"], templates.load_rubric(settings.judge.rubric))
+  if "data.pretrain" in there:
+    for _ in records.read_given(there["data.pretrain"], records.Document, name=""):
+      pass
+  if "monitors.prompts" in there:
+    list(records.read_prompts(there["monitors.prompts"]))
+  if "analysis.vectors" in there:
+    embedding.load(there["analysis.vectors"])
+  check_forms(settings, stages)
+
+
+def check_forms(settings: config_dict.ConfigDict, stages: Collection[str]) -> None:
+  """ValueError for a template that asks a model which has not learnt it for no verdict in the form that is read."""
+  c, either = settings, ("[[A]]", "[[B]]")
+  if "eft" in stages and c.eft.writer == "baseline" and not c.world.enabled:  # Which judges before it learns to.
+    templates.check_form("judge.rubric", c.judge.rubric, templates.load_rubric(c.judge.rubric).text, ("Score:",))
+  asks = {
+    "evaluate.pairwise": "evaluate" in stages and c.evaluate.grader in ("judge", "endpoint"),
+    "select.pairwise": bool({"sft", "dpo"} & set(stages)) and c.select.judge not in ("none", "oracle"),
+  }
+  for key in (key for key, wanted in asks.items() if wanted):
+    name = c[key.partition(".")[0]].pairwise
+    templates.check_form(key, name, templates.load_pairwise(name).text, either)
+  if "safety" in stages:
+    templates.check_form("monitors.rubric", c.monitors.rubric, templates.load_rubric(c.monitors.rubric).text, either)
+  if "classify" in stages and not c.world.enabled:
+    text = classes.load_template(c.analysis.classes).text
+    templates.check_form("analysis.classes", c.analysis.classes, text, ("Category:", "Complexity:", "Length:"))

@@ -1,0 +1,114 @@
+"""A user's files are opened before the first stage, and one that cannot be used stops the run there."""
+
+import json
+import pathlib
+
+from etils import epath
+from ml_collections import config_dict
+import numpy as np
+import pytest
+
+from srlm_jax import config, given, main, records, templates, world_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
+  folder = epath.Path(tmp_path_factory.mktemp("world"))
+  world_files.write_world(folder, 0, world_files.Sizes(50, 50, 50, 50, 0.5, 60, 40, 20, (3, 4), 50, 40, 20))
+  return folder
+
+
+def settings() -> config_dict.ConfigDict:
+  c = config.base()
+  c.eft.writer = "annotators"
+  c.select.prompts = 4
+  return c
+
+
+def paths(files: epath.Path) -> dict[str, epath.Path]:
+  """Every file that a run may read, all of them good."""
+  prompts = [records.Prompt(id=name, text=f"Say {name}.", source="mine") for name in ("one", "two")]
+  mine = files / "mine.jsonl"
+  mine.write_text(records.dumps(prompts))
+  np.savez(files / "vectors.npz", ids=["a"], vectors=[[1.0, 2.0]])
+  return {
+    "data.trees": files / "trees.jsonl",
+    "data.heldout_trees": files / "heldout_trees.jsonl",
+    "data.eval_prompts": files / "heldout_prompts.jsonl",
+    "data.judgements": files / "judgements.jsonl",
+    "data.pretrain": files / "pretrain.jsonl",
+    "select.path": mine,
+    "monitors.prompts": mine,
+    "analysis.vectors": files / "vectors.npz",
+  }
+
+
+def test_good_files_pass(files: epath.Path) -> None:
+  given.check(settings(), paths(files), ())
+  given.check(settings(), {key: path.parent / "later" / path.name for key, path in paths(files).items()}, ())
+
+
+@pytest.mark.parametrize(
+  "key",
+  [
+    *("data.trees", "data.heldout_trees", "data.eval_prompts", "data.judgements", "data.pretrain", "select.path"),
+    *("monitors.prompts", "analysis.vectors"),
+  ],
+)
+def test_each_file_is_read_to_its_end(files: epath.Path, tmp_path: pathlib.Path, key: str) -> None:
+  good = paths(files)
+  bad = epath.Path(tmp_path / good[key].name)
+  bad.write_bytes(good[key].read_bytes()[:-20])
+  with pytest.raises(ValueError, match=f"{bad}.*(not JSON|not an .npz)"):
+    given.check(settings(), good | {key: bad}, ())
+
+
+def test_a_prompt_that_is_learnt_and_measured_by_is_refused(files: epath.Path) -> None:
+  c = settings()
+  good = paths(files)
+  first = json.loads(good["data.trees"].read_text().split("\n")[0])
+  taught = records.Prompt(id="x", text=first["prompt"]["text"], source="x")
+  measured = files / "measured.jsonl"
+  measured.write_text(records.dumps([taught]))
+  with pytest.raises(ValueError, match=r"held-out prompt\(s\) are also trained on"):
+    given.check(c, good | {"data.eval_prompts": measured}, ())
+
+
+@pytest.mark.parametrize(
+  ("changes", "stage", "message"),
+  [
+    ({"judge.rubric": "judge_tiny", "eft.writer": "baseline"}, "eft", "judge.rubric=judge_tiny: the template never"),
+    ({"evaluate.pairwise": "PATH"}, "evaluate", r"evaluate.pairwise=.*: the template never says '\[\[A\]\]'"),
+    ({"select.pairwise": "PATH"}, "sft", r"select.pairwise=.*: the template never says '\[\[A\]\]'"),
+    ({"monitors.rubric": "judge_additive"}, "safety", r"monitors.rubric=judge_additive: the template never says"),
+    ({"analysis.classes": "PATH"}, "classify", "analysis.classes=.*: the template never says 'Category:'"),
+  ],
+)
+def test_a_template_that_asks_for_no_verdict_is_refused(
+  tmp_path: pathlib.Path, changes: dict[str, str], stage: str, message: str
+) -> None:
+  templates._load.cache_clear()
+  own = {
+    "evaluate": "{instruction} {response_a} {response_b}",
+    "sft": "{instruction} {response_a} {response_b}",
+    "classify": "# categories: a; b\n# lengths: c; d\n{instruction} {categories} {lengths}",
+  }
+  path = tmp_path / "mine.txt"
+  path.write_text(own.get(stage, "x"))
+  c = config.base()
+  c.update_from_flattened_dict({key: value.replace("PATH", str(path)) for key, value in changes.items()})
+  with pytest.raises(ValueError, match=message):
+    given.check(c, {}, {stage})
+  given.check(c, {}, set())  # No stage asks by it.
+  given.check(config.base(), {}, {"eft", "evaluate", "sft", "dpo", "safety", "classify"})
+
+
+def test_a_run_stops_before_its_first_stage(files: epath.Path, tmp_path: pathlib.Path) -> None:
+  c = config.base()
+  c.base.kind, c.base.size, c.select.judge, c.prompts.writer = "random", "smoke", "none", "m0"
+  c.tokenizer = str(files / "tokenizer.model")
+  c.data.trees = str(tmp_path / "trees.jsonl")
+  (tmp_path / "trees.jsonl").write_text("{}\n")
+  with pytest.raises(ValueError, match="trees.jsonl, line 1: not an Open Assistant tree: message_tree_id"):
+    main.run_steps(c, epath.Path(tmp_path / "run"), "all")
+  assert not (tmp_path / "run").exists()
