@@ -13,15 +13,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(name: str, *arguments: str) -> dict[str, Any]:
-  """What a benchmark's last line says."""
-  done = subprocess.run(
+def call(name: str, *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
     [sys.executable, f"benchmarks/{name}.py", *arguments],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     capture_output=True,
     text=True,
   )
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+  """What a benchmark's last line says."""
+  done = call(name, *arguments)
   assert done.returncode == 0, done.stderr[-2000:]
   return json.loads(done.stdout.splitlines()[-1])
 
@@ -68,3 +72,18 @@ def test_training_is_measured_without_peers() -> None:
   found = run("training", "--method=dpo", *small)
   assert set(found["lines"]) == {"ours", "ours, with the reference's pass"}
   assert 0 < found["lines"]["ours"]["of its peak"] < 1 and found["compilations while timed"] == 0
+
+
+@pytest.mark.slow
+def test_memory_is_read_over_batches_and_steps() -> None:
+  found = run("memory", "--batches=20", "--save_every=5", "--embed=16", "--within=100000")  # So few are a warm-up.
+  assert [(row["loop"], row["of"], row["batches"]) for row in found["rows"]] == [
+    (loop, of, 20) for loop in ("answers", "judging", "training") for of in ("host", "device")
+  ]
+  assert found["flat"] and all(row["MiB"]["4th"] > 0 for row in found["rows"] if row["of"] == "host")
+
+
+@pytest.mark.slow
+def test_memory_that_grows_is_said() -> None:
+  done = call("memory", "--batches=20", "--loops=answers", "--embed=16", "--within=-100000")
+  assert done.returncode == 1 and not json.loads(done.stdout.splitlines()[-1])["flat"]
