@@ -1,15 +1,24 @@
-"""Prepared training sets: TFDS array_record datasets of fixed-shape rows, read through grain in a seeded order."""
+"""Prepared training sets: TFDS array_record datasets of fixed-shape rows, read through grain in a seeded order.
 
-from collections.abc import Mapping, Sequence
+`digests.json` is written last and beside them: sealed, with the SHA-256 of each file, all of which are checked before a
+row is read.  array_record reads local files alone: in an object store a set is made on the local disk and uploaded, and
+downloaded to be read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from typing import SupportsIndex
 
 from etils import epath
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import batching, distributed
+from srlm_jax import batching, digests, distributed, storage
 
 Row = Mapping[str, np.ndarray]
+
+PAPER = "digests.json"
 
 
 class Rows(tfds.core.GeneratorBasedBuilder):
@@ -47,7 +56,56 @@ def _write(folder: epath.Path, rows: Sequence[Row]) -> None:
   if folder.exists():  # Cheap to prepare again, and never half of one.
     folder.rmtree()
   tfds.disable_progress_bar()
-  Rows(rows, data_dir=str(folder), file_format="array_record").download_and_prepare()
+  with tempfile.TemporaryDirectory() as place:
+    local = epath.Path(place) if storage.is_remote(folder) else folder
+    Rows(rows, data_dir=str(local), file_format="array_record").download_and_prepare()
+    found = {str(path.relative_to(local)): digests.file_sha256(path) for path in _files(local)}
+    if storage.is_remote(folder):
+      for name in found:
+        storage.write(folder / name, (local / name).read_bytes())
+  storage.write(folder / PAPER, digests.sealed({"sha256": found}, indent=1))
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in sorted(folder.iterdir()):
+    yield from _files(path) if path.is_dir() else (path,)
+
+
+def _checked(folder: epath.Path) -> tuple[epath.Path, tempfile.TemporaryDirectory | None]:
+  """Where a written dataset can be read, all of its files checked, and what keeps that place; ValueError for damage."""
+  remedy = f"delete {folder.parent} and run its stage again"
+  try:
+    wanted = digests.unseal((folder / PAPER).read_bytes())["sha256"]
+  except FileNotFoundError as error:
+    raise ValueError(f"{folder} is no whole training set (it has no {PAPER}): {remedy}.") from error
+  except ValueError as error:
+    raise ValueError(f"{folder / PAPER} is damaged ({error}): {remedy}.") from error
+  copy = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
+  local = epath.Path(copy.name) if copy else folder
+  for name, digest in wanted.items():
+    if not (folder / name).exists():
+      raise ValueError(f"{folder / name} is missing: {remedy}.")
+    if copy:
+      (local / name).parent.mkdir(parents=True, exist_ok=True)
+      (local / name).write_bytes((folder / name).read_bytes())
+    if digests.file_sha256(local / name) != digest:
+      raise ValueError(f"{folder / name} is damaged (its SHA-256 is not the recorded one): {remedy}.")
+  return local, copy
+
+
+class _Source:
+  """The rows of a checked dataset in their order; a copy on the local disk lives as long as it."""
+
+  def __init__(self, folder: epath.Path) -> None:
+    place, self._copy = _checked(folder)
+    (version,) = place.glob("rows/*")
+    self._rows = tfds.builder_from_directory(str(version)).as_data_source("train")
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, index: SupportsIndex) -> Row:
+    return self._rows[index]
 
 
 def batches(folder: epath.PathLike, size: int, seed: int) -> grain.MapDataset:
@@ -55,9 +113,11 @@ def batches(folder: epath.PathLike, size: int, seed: int) -> grain.MapDataset:
 
   Every epoch is shuffled anew from `seed`, without end, so that a resumed run reads from its step on with no iterator
   state to restore.  A batch may span two epochs: every row is seen once an epoch, none is dropped.
+
+  Raises:
+    ValueError: a file of the dataset is missing or damaged.
   """
-  source = tfds.builder_from_directory(str(next(epath.Path(folder).glob("rows/*")))).as_data_source("train")
-  return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(size)
+  return grain.MapDataset.source(_Source(epath.Path(folder))).seed(seed).shuffle().repeat().batch(size)
 
 
 class Compact:
@@ -80,4 +140,4 @@ class Compact:
 
 def count(folder: epath.PathLike) -> int:
   """Number of rows of a written dataset."""
-  return tfds.builder_from_directory(str(next(epath.Path(folder).glob("rows/*")))).info.splits["train"].num_examples
+  return len(_Source(epath.Path(folder)))

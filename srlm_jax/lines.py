@@ -8,6 +8,7 @@ equal keys. Lines are streamed: memory is bounded by the longest one that is all
 from collections.abc import Iterator
 import contextlib
 import gzip
+import io
 import json
 import math
 import re
@@ -74,7 +75,9 @@ def _opened(path: epath.Path) -> Iterator[IO[bytes]]:
   except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
     raise ValueError(f"{path}: cannot be read: {error.strerror or error}. Give a file that can.") from error
   with file:
-    yield cast(IO[bytes], gzip.open(file)) if path.name.endswith(".gz") else file
+    # A file of an object store reads lines of any length alone.
+    plain = file if isinstance(file, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, file))
+    yield cast(IO[bytes], gzip.open(plain)) if path.name.endswith(".gz") else plain
 
 
 def _without_mark(path: epath.Path, start: bytes) -> bytes:

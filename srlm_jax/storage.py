@@ -10,6 +10,7 @@ import fsspec
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 PART = ".part"  # Ends the name of a file that is not whole yet.
+GCSFS_MARK = b"--==0=="
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -25,14 +26,30 @@ def write(path: epath.PathLike, data: str | bytes) -> None:
   the store does whole or not at all; the store's client tries again what may be tried again.
 
   Raises:
-    OSError: the disk is full or cannot be written, or the store failed; nothing of `data` has the final name.
+    OSError: the disk is full or cannot be written; nothing of `data` has the final name. It is the same where a store
+      fails, with the errors of its client.
   """
   raw = data.encode() if isinstance(data, str) else data
   if is_remote(path):
-    system, name = fsspec.core.url_to_fs(os.fspath(path))
-    system.pipe_file(name, raw)
+    _write_remote(os.fspath(path), raw)
   else:
     _write_local(os.fspath(path), raw)
+
+
+def _write_remote(path: str, raw: bytes) -> None:
+  system, name = fsspec.core.url_to_fs(path)
+  if not path.startswith("gs://"):
+    system.pipe_file(name, raw)
+    return
+  from gcsfs import retry  # Here, as only the extra gcs has it.
+
+  # A small upload is one message of parts; data that holds the mark between them would end early, so it goes apart.
+  size = {"chunksize": len(raw)} if GCSFS_MARK in raw else {}
+  try:
+    system.pipe_file(name, raw, consistency="md5", **size)
+  except retry.ChecksumError as error:
+    system.rm_file(name)
+    raise OSError(errno.EIO, f"what the store received is not what was sent ({error})", path) from error
 
 
 def _write_local(path: str, raw: bytes) -> None:

@@ -1,5 +1,7 @@
 """Prepared training sets: the same order every time, each row once an epoch, any step at any time."""
 
+import os
+
 from etils import epath
 import numpy as np
 import pytest
@@ -69,3 +71,48 @@ def test_a_batch_larger_than_the_set_repeats_it(folder: epath.Path) -> None:
 def test_no_rows_are_refused(tmp_path: epath.Path) -> None:
   with pytest.raises(ValueError, match="no training example to write"):
     dataset.write(tmp_path, [])
+
+
+def files(folder: epath.Path) -> list[epath.Path]:
+  return sorted(epath.Path(root) / name for root, _, names in os.walk(folder) for name in names)
+
+
+def test_a_flipped_bit_is_found_before_a_row_is_read(tmp_path: epath.Path) -> None:
+  folder = epath.Path(tmp_path) / "pairs" / "dataset"
+  dataset.write(folder, ROWS)
+  names = {str(path.relative_to(folder)) for path in files(folder)}
+  assert names == {
+    "digests.json",
+    *(
+      f"rows/1.0.0/{name}" for name in ("dataset_info.json", "features.json", "rows-train.array_record-00000-of-00001")
+    ),
+  }
+  for path in files(folder):
+    whole = path.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+      damaged = bytearray(whole)
+      damaged[place] ^= 1
+      path.write_bytes(bytes(damaged))
+      with pytest.raises(ValueError, match=rf"{path.name} is damaged .*: delete .*/pairs and run its stage again"):
+        dataset.batches(folder, 3, seed=0)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path.name}\)? ?is missing|has no digests.json"):
+      dataset.batches(folder, 3, seed=0)
+    path.write_bytes(whole)
+  assert order(folder, 7) == order(folder, 7)
+
+
+def test_a_set_that_was_being_written_is_none(tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  folder = epath.Path(tmp_path) / "dataset"
+  dataset.write(folder, ROWS[:3])
+
+  def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(dataset.storage, "write", killed)
+    dataset.write(folder, ROWS)
+  with pytest.raises(ValueError, match="is no whole training set"):
+    dataset.batches(folder, 3, seed=0)
+  dataset.write(folder, ROWS)
+  assert dataset.count(folder) == 7

@@ -4,6 +4,7 @@ import errno
 import os
 
 from etils import epath
+import fake_gcs
 import pytest
 
 from srlm_jax import storage
@@ -91,3 +92,65 @@ def test_only_what_killed_writes_left_is_cleaned_away(root: epath.Path) -> None:
   storage.clean(root)
   left = {str(path.relative_to(root)) for folder in (root, root / "deep") for path in folder.iterdir()}
   assert left == {"deep", "a.part", ".hidden", "deep/c"}
+
+
+PLACE = epath.Path("gs://bucket/run/m1")
+
+
+@pytest.mark.parametrize("data", ["naïve\n", b"", b"\n--==0==\nContent-Type: x\n\ny\n--==0==--", b"x" * 2_000_000])
+def test_an_object_is_written_whole(store: fake_gcs.Store, data: str | bytes) -> None:
+  storage.write(PLACE / "a", "older")
+  storage.write(PLACE / "a", data)
+  assert (PLACE / "a").read_bytes() == (data.encode() if isinstance(data, str) else data)
+  assert store.names("bucket") == ["run/m1/a"]
+  assert not store.counts["copy"] and not store.counts["delete"]  # Renaming would be a copy.
+  storage.clean(PLACE)
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    fake_gcs.Fault("insert", "a$", times=3, status=503),
+    fake_gcs.Fault("insert", "a$", times=2, torn=True),
+    fake_gcs.Fault("insert", "a$", times=1, status=429),
+    fake_gcs.Fault("insert", "a$", seconds=1),
+  ],
+)
+def test_what_may_be_tried_again_is(store: fake_gcs.Store, fault: fake_gcs.Fault) -> None:
+  store.faults.append(fault)
+  storage.write(PLACE / "a", "text" * 1000)
+  assert fault.times == 0 and (PLACE / "a").read_text() == "text" * 1000
+
+
+@pytest.mark.parametrize("how", [{"status": 503}, {"torn": True}, {"status": 403}, {"status": 507}])
+def test_a_store_that_fails_for_good_keeps_the_old_object(store: fake_gcs.Store, how: dict[str, object]) -> None:
+  storage.write(PLACE / "a", "old")
+  store.faults.append(fake_gcs.Fault("insert", "a$|b$", times=float("inf"), **how))
+  for name in ("a", "b"):
+    with pytest.raises(Exception) as error:  # Each client has its own.
+      storage.write(PLACE / name, "new")
+    assert isinstance(error.value, OSError) or type(error.value).__module__.split(".")[0] in ("gcsfs", "aiohttp")
+  assert store.names("bucket") == ["run/m1/a"] and (PLACE / "a").read_text() == "old"
+
+
+def test_what_the_store_received_wrongly_is_taken_away(store: fake_gcs.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+  put = store.put
+  monkeypatch.setattr(store, "put", lambda bucket, name, data, kind: put(bucket, name, data[:-1] + b"?", kind))
+  with pytest.raises(OSError, match="is not what was sent"):
+    storage.write(PLACE / "a", "text")
+  assert store.names("bucket") == []
+
+
+def test_a_read_that_breaks_off_is_tried_again(store: fake_gcs.Store) -> None:
+  storage.write(PLACE / "a", "text" * 1000)
+  store.faults += [fake_gcs.Fault("get", "a$", torn=True), fake_gcs.Fault("get", "a$", status=500)]
+  assert (PLACE / "a").read_text() == "text" * 1000
+  assert not any(fault.times for fault in store.faults)
+
+
+def test_what_another_process_wrote_is_seen(store: fake_gcs.Store) -> None:
+  storage.write(PLACE / "a", "x")
+  assert [path.name for path in PLACE.iterdir()] == ["a"] and not (PLACE / "b").exists()
+  store.put("bucket", "run/m1/b", b"of another process")
+  assert (PLACE / "b").exists(), "listings are kept"
+  assert sorted(path.name for path in PLACE.iterdir()) == sorted(path.name for path in PLACE.glob("*")) == ["a", "b"]
