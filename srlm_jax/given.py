@@ -22,7 +22,7 @@ def check(settings: config_dict.ConfigDict, paths: Mapping[str, epath.Path], sta
   names = {"trees": "data.trees", "heldout_trees": "data.heldout_trees", "eval_prompts": "data.eval_prompts"}
   wanted = {**names, "validation": "select.path"}
   if "data.trees" in there and all(key in there for key in wanted.values() if key in paths):
-    seed.read(settings, {role: there.get(key) for role, key in wanted.items()})
+    seed.read(settings, {role: there[key] for role, key in wanted.items() if key in there})
   if "data.judgements" in there:
     eft.annotated(there["data.judgements"], templates.load_rubric(settings.judge.rubric))
   if "data.pretrain" in there:

@@ -1,6 +1,7 @@
 """AlpacaEval 2: what the package reads and writes, and its own command on our answers, without a network."""
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import http.server
 import importlib.util
 import json
@@ -204,6 +205,14 @@ def test_figures_are_kept_and_checked_against_the_verdicts(
   monkeypatch.setattr(alpaca_eval, "_call", fake([2.0, 1.0, 1.0, None], 25.0))
   with pytest.raises(ValueError, match=r"alpaca_eval says win_rate 25\.0, its verdicts and our answers say 33\.3"):
     alpaca_eval.evaluate(run)
+
+
+def test_files_elsewhere_are_not_judged_here(
+  path: epath.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  run = run_of(epath.Path(tmp_path), path, monkeypatch, owls)
+  with pytest.raises(ValueError, match=r"this machine's own files, not in gs://.*use `srlm export alpaca-eval`"):
+    alpaca_eval.evaluate(dataclasses.replace(run, workdir=epath.Path("gs://bucket/run")))
 
 
 def test_without_the_package_the_extra_is_named(

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 
 from srlm_jax import eft, records, templates
+from srlm_jax.stages import eft as stage
 
 
 def judged(name: str, *attempts: list[float | None]) -> list[eft.Judged]:
@@ -103,6 +104,14 @@ def test_annotators_judgements_that_cannot_be_learned_from_are_counted(tmp_path:
   # Without the instruction before the response no prompt can be told by its beginning.
   turned = dataclasses.replace(rubric, text="Score: {response} {instruction}")
   assert len(eft.annotated(path, turned, ["Say [INST] owl."])[0]) == 3
+
+
+def test_what_the_baseline_judges_must_be_ranked() -> None:
+  replies = (records.Reply(id="a", text="owl", rank=0), records.Reply(id="b", text="crow", rank=None))
+  one = records.RankedReplies(prompt_id="p", prompt="Name a bird.", replies=replies)
+  assert stage._rank(one, 0) == 0
+  with pytest.raises(ValueError, match=r"reply b of prompt p has no rank.*Run the seed stage again"):
+    stage._rank(one, 1)
 
 
 def test_a_file_without_any_usable_judgement_is_refused(tmp_path: pathlib.Path) -> None:

@@ -209,3 +209,7 @@ def test_two_files_of_one_annotator_and_none_are_refused(tmp_path: pathlib.Path)
     human_eval.read_key(epath.Path(tmp_path / "nowhere.json"))
   with pytest.raises(ValueError, match=r"votes0\.json: not the \.key\.json beside a page: format"):
     human_eval.read_key(paths[0])
+  path = epath.Path(tmp_path / "page.key.json")
+  path.write_text(key.model_copy(update={"items": (*key.items, key.items[0])}).model_dump_json())
+  with pytest.raises(ValueError, match=rf"page\.key\.json: the item '{key.items[0].id}' is there twice"):
+    human_eval.read_key(path)

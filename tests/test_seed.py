@@ -79,6 +79,10 @@ def test_checkpoints_are_not_chosen_by_the_prompts_that_measure(smoke, files, tm
   assert two.manifest()["facts"]["counts"]["validation prompts left out: held out for evaluation"] == 1
   with pytest.raises(ValueError, match=r"1 prompt\(s\) are also held out for evaluation.*Remove them from one side"):
     run(smoke, files, tmp_path / "three", eval_prompts=path, validation=path)
+  smoke.select.prompts = 1
+  path.write_text(records.dumps([records.Prompt(id="x", text=chosen[-1].text, source="mine")]))
+  with pytest.raises(ValueError, match="no tree is left for select.prompts=1, by which .* or select.judge='none'"):
+    run(smoke, files, tmp_path / "four", eval_prompts=path)
 
 
 def test_validation_prompts_of_one_s_own(smoke, files, tmp_path):

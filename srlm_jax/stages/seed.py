@@ -27,37 +27,34 @@ def _wanted(settings: config_dict.ConfigDict) -> int:
   return 0 if settings.select.judge == "none" else settings.select.prompts
 
 
-def read(settings: config_dict.ConfigDict, where: Mapping[str, epath.Path | None]) -> Given:
+def read(settings: config_dict.ConfigDict, where: Mapping[str, epath.Path]) -> Given:
   """Reads and divides the files of a run; nothing is written.
 
   Args:
     settings: of the run.
-    where: the paths "trees" and, where given, "heldout_trees", "eval_prompts" and "validation".
+    where: the paths "trees" and, where a user has them, "heldout_trees", "eval_prompts" and "validation".
 
   Raises:
     ValueError: a file that cannot be read, a part of the data that nothing is left for, or a prompt that would be both
       trained on and measured by.
   """
-  data, trees_path = settings.data, where["trees"]
-  if trees_path is None:
-    raise ValueError("data.trees is not set: give --config.data.trees=PATH.")
-  own = where.get("validation")
+  data, own = settings.data, where.get("validation")
   wanted = _wanted(settings)
-  trees, read_counts = oasst.read_trees(trees_path)
-  heldout, heldout_counts = oasst.read_trees(where["heldout_trees"]) if where["heldout_trees"] else (None, {})
+  trees, read_counts = oasst.read_trees(where["trees"])
+  heldout, heldout_counts = oasst.read_trees(where["heldout_trees"]) if where.get("heldout_trees") else (None, {})
   split = oasst_split.split(
     trees,
     ift_examples=data.ift_examples,
     eft_fraction=data.eft_fraction,  # Without EFT too, so that the compared models learn from the same IFT.
     heldout_fraction=data.heldout_fraction,
-    eval_prompts=0 if where["eval_prompts"] else data.eval_prompts_count,
+    eval_prompts=0 if where.get("eval_prompts") else data.eval_prompts_count,
     validation_prompts=0 if own else wanted,
     overlap=data.overlap,
     seed=settings.seed,
     heldout_trees=heldout,
   )
   prompts = split.eval_prompts
-  if where["eval_prompts"]:
+  if where.get("eval_prompts"):
     prompts = tuple(records.read_prompts(where["eval_prompts"]))[: data.eval_prompts_count]
   validation = tuple(records.read_prompts(own))[:wanted] if own and wanted else split.validation
   measured = [ranked.prompt for ranked in split.ranked_heldout] + [prompt.text for prompt in prompts]
@@ -94,7 +91,7 @@ def _validation(
   return left, len(shared)
 
 
-def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: Mapping[str, epath.Path | None]) -> None:
+def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, where: Mapping[str, epath.Path]) -> None:
   """Writes what `read` gives."""
   given = read(settings, where)
   split = given.split
