@@ -125,11 +125,11 @@ class Cache:
       with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
         connection.text_factory = lambda data: data.decode(errors="replace")  # The digest says whether it is whole.
         yield connection
-    except sqlite3.OperationalError as error:
-      raise ValueError(
-        f"{self.path} cannot be read or written ({error}): endpoint.cache must be a folder of a local disk with room."
-      ) from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # The names in it are text, too.
+      if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname != "SQLITE_ERROR":
+        raise ValueError(
+          f"{self.path} cannot be read or written ({error}): endpoint.cache must be a folder of a local disk with room."
+        ) from error
       raise ValueError(
         f"{self.path} is damaged ({error}): move it away, and the endpoint is asked, and paid, again; or bring back a "
         "copy of it."

@@ -36,8 +36,11 @@ def _sentencepiece(**options: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))
+
+
+def write_tokenizers(root: pathlib.Path) -> pathlib.Path:
   """A SentencePiece model like Llama 2's (bytes for unknown characters, no padding), and a Hugging Face folder."""
-  root = tmp_path_factory.mktemp("tokenizers")
   (root / "small.model").write_bytes(_sentencepiece(pad_id=-1))
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -2,7 +2,6 @@
 
 import ast
 from collections.abc import Iterator, Sequence
-import html.parser
 import json
 import logging
 import pathlib
@@ -15,6 +14,7 @@ from etils import epath
 from loopback import Loopback, chat as reply_of
 import made_run
 import pytest
+from skeleton import Skeleton
 import test_comparison
 import test_human_eval
 import test_report
@@ -198,26 +198,6 @@ def test_no_text_breaks_a_record(text: str, tmp_path: pathlib.Path) -> None:
 def test_half_a_surrogate_pair_makes_no_record() -> None:
   with pytest.raises(ValueError, match="surrogates not allowed"):
     records.dumps([records.Prompt(id="1", text="a\ud800", source="x")])
-
-
-class Skeleton(html.parser.HTMLParser):
-  """A page without its texts: its tags, their attributes, and the values of those that a browser acts on."""
-
-  def __init__(self, text: str) -> None:
-    super().__init__()
-    self.found: list[tuple[str, ...]] = []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-    acted = [f"{name}={value}" for name, value in attrs if name in ("href", "src", "style", "http-equiv", "content")]
-    self.found.append((tag, *(name for name, _ in attrs), *acted))
-
-  def handle_endtag(self, tag: str) -> None:
-    self.found.append(("/" + tag,))
-
-  def handle_comment(self, data: str) -> None:
-    self.found.append(("comment",))
 
 
 ACTIVE = (
@@ -452,6 +432,9 @@ def test_a_changed_reply_is_never_taken_for_what_was_answered(loopback: Loopback
       ValueError, match=r"a kept reply is damaged.*paid, again: sqlite3 .* \"DELETE FROM replies WHERE"
     ):
       ask()
+  path.write_bytes(whole.replace(b"tokens_in", b"tokens\xffin"))
+  with pytest.raises(ValueError, match=r"replies\.sqlite3 is damaged \("):
+    ask()
   assert len(loopback.asked) == 1
   path.write_bytes(whole)
   assert ask() == first
