@@ -136,6 +136,8 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
   for key, value in {**named, "select.path": settings.select.path}.items():
     path = resolve(value, workdir)
     if path and not value.startswith("world/") and path.exists():  # Missing ones: see check_start.
+      if path.is_dir():
+        raise ValueError(f"{key}={value}: this is a folder. Name the file in it.")
       found[key] = digests.file_sha256(path)
   return found
 

@@ -8,7 +8,7 @@ from ml_collections import config_dict
 import numpy as np
 import pytest
 
-from srlm_jax import config, given, main, records, templates, world_files
+from srlm_jax import config, given, main, records, steps, templates, world_files
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,13 @@ def test_a_template_that_asks_for_no_verdict_is_refused(
     given.check(c, {}, {stage})
   given.check(c, {}, set())  # No stage asks by it.
   given.check(config.base(), {}, {"eft", "evaluate", "sft", "dpo", "safety", "classify"})
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: pathlib.Path) -> None:
+  c = config.base()
+  c.data.trees = str(tmp_path)
+  with pytest.raises(ValueError, match=rf"data\.trees={tmp_path}: this is a folder. Name the file in it"):
+    steps.read_files(c, epath.Path("run"))
 
 
 def test_a_run_stops_before_its_first_stage(files: epath.Path, tmp_path: pathlib.Path) -> None:

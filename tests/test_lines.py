@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -86,8 +87,12 @@ def test_damaged_archives(tmp_path: pathlib.Path) -> None:
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(lines, "LONGEST_LINE", 1 << 20)
   path = write(tmp_path, gzip.compress(GOOD + b"x" * (1 << 26)), "given.jsonl.gz")  # 64 MiB in 64 kiB.
+  tracemalloc.start()
   with pytest.raises(ValueError, match="line 2: longer than 1 MiB, which no record is: are its line ends missing"):
     read(path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 8 << 20
   at_the_limit = b'"' + b"x" * ((1 << 20) - 3) + b'"\n'
   assert len(read(write(tmp_path, at_the_limit))) == 1
 
