@@ -230,6 +230,7 @@ def _training(lr: float, end_lr: float, batch: int, decay: str) -> dict[str, Any
     moments="float32",  # Of Adam's first moment; "bfloat16" needs half the memory.
     pack=False,  # unstated: several examples in a row of max_length tokens.
     save_every=200,  # The paper's.
+    skip_limit=3,  # Steps without a finite loss and gradient are skipped; so many in a row end the run.
   )
 
 

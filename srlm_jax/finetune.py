@@ -88,6 +88,7 @@ def prepare(
     seed=settings.seed,
     save_every=section.save_every,
     accumulate=section.accumulate,
+    skip_limit=section.skip_limit,
   )
   return train, {"rows": len(rows), "tokens": tokens, "steps": steps}
 

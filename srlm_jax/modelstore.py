@@ -17,6 +17,7 @@ from srlm_jax import (
   config as config_lib,
   distributed,
   generator,
+  journal,
   llama,
   mesh as mesh_lib,
   rollout,
@@ -30,7 +31,10 @@ CANDIDATES = "candidates"  # Folder of the checkpoints among which a training ch
 
 
 def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer, facts: Mapping[str, Any]) -> None:
-  """Writes weights and tokenizer into an artifact and commits it; states and candidates of its training are deleted."""
+  """Writes weights and tokenizer into an artifact and commits it; states and candidates of its training are deleted.
+
+  The journal of its training, where there is one, becomes a file of the artifact like the others.
+  """
   checkpoint.save_model(out.folder, model)
   distributed.first("save the tokenizer", lambda: words.save(out.folder / "tokenizer"))
   out.write("golden.json", json.dumps(words.golden(), indent=1))
@@ -38,6 +42,9 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   out.write("llama.json", json.dumps(dataclasses.asdict(sizes), indent=1))
   # In place of the weights' files: equal weights give equal artifacts, which Orbax's files, with times in them, do not.
   out.write("fingerprints.json", json.dumps(checkpoint.fingerprints(model), indent=1))
+  log = out.folder / journal.NAME
+  if distributed.first(f"look at {log}", log.exists):
+    out.write(journal.NAME, log.read_text() if distributed.writes() else "")
   parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
   out.commit({**facts, "parameters": parameters, "tokenizer": words.digest}, folders=("tokenizer",))
   for folder in (out.folder / "states", out.folder / CANDIDATES):

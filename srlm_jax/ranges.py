@@ -50,6 +50,7 @@ _TRAINING = {
   "clip": Range(0, 1e9),
   "accumulate": Range(1, 2**20),
   "save_every": SOME,
+  "skip_limit": SOME,
 }
 _SERVICE = {"concurrency": Range(1, 4096), "retries": Range(0, 1000), "timeout": Range(0, 86400, open_low=True)}
 

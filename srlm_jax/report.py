@@ -18,6 +18,7 @@ from srlm_jax import (
   excerpts,
   findings,
   finegrained,
+  journal,
   lineage,
   nlp_results,
   outside,
@@ -196,9 +197,8 @@ def curves(finished: Finished) -> dict[str, dict[str, list[float]]]:
   """The training metrics of each model that was trained here, thinned for plotting."""
   found = {}
   for name, artifact in finished.items():
-    path = artifact.folder / "metrics.jsonl"
-    if "parameters" in artifact.manifest()["facts"] and path.exists():
-      rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if journal.NAME in artifact.manifest()["files"]:
+      rows = [row for row in journal.parse(artifact.read_text(journal.NAME)) if row and not row["skipped"]]
       if rows:
         found[lineage.label(name)] = plots.smooth(rows)
   return found

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import functools
-import json
+import io
+import itertools
 import logging
-import os
 import time
-from typing import IO, Protocol
+from typing import Any, Protocol
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from srlm_jax import checkpoint, distributed, llama, mesh as mesh_lib, train_step
+from srlm_jax import checkpoint, distributed, journal, llama, mesh as mesh_lib, storage, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +47,6 @@ def jit_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _kept_lines(path: epath.Path, steps: int) -> str:
-  """The metrics of the steps that the restored state has done; later ones will be written again."""
-  kept = []
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      step = json.loads(line)["step"]
-    except json.JSONDecodeError:  # A kill cut the last line, of a step after the saved ones.
-      break
-    if step <= steps:
-      kept.append(f"{line}\n")
-  return "".join(kept)
-
-
 def train(
   *,
   config: llama.LlamaConfig,
@@ -73,6 +59,7 @@ def train(
   seed: int,
   save_every: int,
   accumulate: int = 1,
+  skip_limit: int = 3,
   until: int | None = None,
 ) -> llama.Llama:
   """Trains for `optimizer.steps` steps, or `until` one of them for now, and returns the model.
@@ -89,10 +76,11 @@ def train(
     seed: of dropout.
     save_every: steps between two saved states.
     accumulate: parts in which a batch goes through the model, one after the other, to need less memory.
+    skip_limit: steps in a row without a finite loss and gradient that end the run; fewer are skipped and counted.
     until: a step to stop after, with the state saved: the next call goes on from there; None: the end.
 
   Raises:
-    FloatingPointError: the loss of a step is not finite.
+    FloatingPointError: `skip_limit` steps in a row were not finite; their batches lie in `folder`.
     ValueError: the saved state is of a later step than `until`, or of another model.
   """
   last = optimizer.steps if until is None else until
@@ -115,75 +103,87 @@ def train(
     )
   step_fn = jit_step(loss_fn, optimizer, shardings, accumulate)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
-  rates = train_step.schedule(optimizer)
-  path = folder / "metrics.jsonl" if distributed.writes() else epath.Path(os.devnull)
-  kept = _kept_lines(path, first)
-  with contextlib.closing(store), path.open("w") as log:
-    log.write(kept)
-    log.flush()
+  log = journal.Journal(folder / journal.NAME if distributed.writes() else None, first)
+  watch = Watch(folder, log, optimizer, first, skip_limit, batches)
+  with contextlib.closing(store), contextlib.closing(watch):
     pending: tuple[int, train_step.Metrics] | None = None
-    said = started = time.monotonic()
     for index in range(first, last):
       batch: train_step.Batch = distributed.place(dict(batches[index]), rows)
       state, metrics = step_fn(state, batch, jnp.uint32(seed))
       if pending:  # One step late, so that the device never waits for the host.
-        said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
+        watch.see(*pending)
       pending = index + 1, metrics
       distributed.progress(f"{folder}: step {index + 1}")
       if ((index + 1) % save_every == 0 or index + 1 == last) and index + 1 < optimizer.steps:
-        # First, so that no state is saved whose loss is no number, or whose metrics a kill would lose.
-        said = _report(log, folder, pending, optimizer.steps, first, rates, started, said)
+        watch.see(*pending)  # First, so that a run that ends here saves no more, and no kill loses these metrics.
         pending = None
         log.flush()
         store.save(index + 1, state)
     if pending:
-      _report(log, folder, pending, optimizer.steps, first, rates, started, 0.0)
+      watch.see(*pending)
   return state.model
 
 
-def _report(
-  log: IO[str],
-  folder: epath.Path,
-  pending: tuple[int, train_step.Metrics],
-  steps: int,
-  first: int,
-  rates: optax.Schedule,
-  started: float,
-  said: float,
-) -> float:
-  """Writes one step's metrics and now and then logs them; returns when it last did.
+class Watch:
+  """Takes the metrics of each step, in order: writes them, now and then logs them, ends a run that is broken."""
 
-  Args:
-    log: metrics.jsonl.
-    folder: names the run.
-    pending: the number of the step, counted from 1, and its metrics.
-    steps: of the whole run.
-    first: steps done before this session.
-    rates: the learning rate by step.
-    started: when this session started.
-    said: when metrics were last logged.
+  def __init__(
+    self,
+    folder: epath.Path,
+    log: journal.Journal,
+    optimizer: train_step.OptimizerConfig,
+    first: int,
+    skip_limit: int,
+    batches: Batches,
+  ) -> None:
+    self.folder, self._log, self._steps, self._first = folder, log, optimizer.steps, first
+    self._rates, self._skip_limit, self._batches = train_step.schedule(optimizer), skip_limit, batches
+    self._said = self._started = time.monotonic()
+    last = list(itertools.takewhile(lambda row: row["skipped"], reversed(log.rows)))
+    self._skipped = distributed.agree(f"go on in {folder}", len(last))  # In a row, up to now.
 
-  Raises:
-    FloatingPointError: the loss is not finite.
-  """
-  step, metrics = pending
-  values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-  if not np.isfinite(values["loss"]):
-    raise FloatingPointError(
-      f"{folder}: the loss of step {step} is {values['loss']}: lower the learning rate, check the data."
+  def see(self, step: int, metrics: train_step.Metrics) -> None:
+    """Takes the metrics after `step` steps; FloatingPointError where too many steps in a row are not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self._log.add({"step": step, "lr": float(self._rates(step - 1)), **values})
+    self._skipped = self._skipped + 1 if values["skipped"] else 0
+    if self._skipped:
+      logger.warning(
+        "%s: step %d is skipped: its loss is %g, the norm of its gradients %g.",
+        self.folder,
+        step,
+        values["loss"],
+        values["grad_norm"],
+      )
+    if self._skipped >= self._skip_limit:
+      raise FloatingPointError(self._broken(step))
+    now = time.monotonic()
+    if step in (1, self._steps) or now - self._said > 10:
+      self._said, rate = now, (step - self._first) / (now - self._started)
+      logger.info(
+        "%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left",
+        self.folder,
+        step,
+        self._steps,
+        values["loss"],
+        rate,
+        (self._steps - step) / rate,
+      )
+
+  def _broken(self, step: int) -> str:
+    """Saves the batches of the skipped steps in a row, of which `step` is the last, and says where they are."""
+    steps = range(step - self._skipped + 1, step + 1)
+    paths = [self.folder / f"bad_batch_step_{one}.npz" for one in steps]
+    for one, path in zip(steps, paths, strict=True) if distributed.writes() else ():
+      file, arrays = io.BytesIO(), dict[str, Any](self._batches[one - 1])
+      np.savez(file, **arrays)
+      storage.write(path, file.getvalue())
+    return (
+      f"{self.folder}: loss or gradients of {len(steps)} steps in a row, up to step {step}, are not finite. Nothing "
+      f"of them is in the weights or in what is saved. Their batches are in {', '.join(path.name for path in paths)}: "
+      "check the data, or lower the learning rate."
     )
-  log.write(json.dumps({"step": step, "lr": float(rates(step - 1)), **values}) + "\n")
-  now = time.monotonic()
-  if step in (1, steps) or now - said > 10:
-    rate = (step - first) / (now - started)
-    logger.info(
-      "%s: step %d of %d, loss %.4f, %.1f steps/s, %.0f s left",
-      folder,
-      step,
-      steps,
-      values["loss"],
-      rate,
-      (steps - step) / rate,
-    )
-    return now
-  return said
+
+  def close(self) -> None:
+    """Writes what was seen."""
+    self._log.flush()

@@ -179,6 +179,18 @@ def _gradients(
   return grads, means | ({"target_tokens": total} if "target_tokens" in means else {})
 
 
+def _advanced(finite: jax.Array, new: Any, old: Any) -> Any:
+  """The new optimizer state where all is finite, else the old one; the schedule's count goes on with the steps."""
+
+  def of_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def one(after: Any, before: Any) -> Any:
+    return after if of_schedule(after) else jnp.where(finite, after, before)
+
+  return jax.tree.map(one, new, old, is_leaf=of_schedule)
+
+
 def train_step(
   state: TrainState,
   batch: Batch,
@@ -191,10 +203,18 @@ def train_step(
   """One update. Dropout draws from (seed, step) alone, so that a resumed run repeats an uninterrupted one.
 
   (It draws by the batch's shape: see `batching.compact` for what changes with the number of devices.)
+
+  Where the loss or the norm of the gradients is not finite, the step is skipped: parameters and moments stay what they
+  are, the metric "skipped" is 1, and the next step comes with its own batch and learning rate.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   grads, metrics = _gradients(state.model, batch, key, loss_fn, accumulate)
+  norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
   updates, opt_state = transform.update(grads, state.opt_state, state.model)
-  model = optax.apply_updates(state.model, updates)
-  metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
-  return TrainState(model, opt_state, state.step + 1), metrics
+  # A choice by element, in the pass over the state that the update makes anyway: no second copy of it, as `cond` needs.
+  model = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), optax.apply_updates(state.model, updates), state.model
+  )
+  metrics = {**metrics, "grad_norm": norm, "skipped": 1 - finite.astype(jnp.float32)}
+  return TrainState(model, _advanced(finite, opt_state, state.opt_state), state.step + 1), metrics

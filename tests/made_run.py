@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from srlm_jax import artifacts, findings, records
+from srlm_jax import artifacts, findings, journal, records
 
 EVIL = "<script>alert('x')</script>\" onmouseover=\"alert(2) <img src=x onerror=alert(3)>"
 TASK = "Count from 3 to 5."
@@ -60,7 +60,9 @@ class Run:
 
   def model(self, name: str, facts: Mapping[str, Any], rows: list[dict[str, float]], **inputs: str) -> None:
     made = self.start(name, **inputs)
-    (made.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made.write(
+      journal.NAME, "".join(journal.line({"step": 1 + n, "skipped": 0.0, **rows[n]}) for n in range(len(rows)))
+    )
     made.write("golden.json", json.dumps(name))
     made.commit({"steps": len(rows), "parameters": 1234, "tokenizer": "ab" * 32, **facts})
 

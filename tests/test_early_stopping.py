@@ -298,15 +298,14 @@ def test_real_training_is_the_same_in_pieces_and_after_kills(
   assert not (pieces.out.folder / "states").exists()
   places = []
 
-  def stop_once(log: object, folder: object, pending: tuple[int, object], *rest: object) -> float:
-    said = report(log, folder, pending, *rest)
-    if pending[0] in (3, 5) and pending[0] not in places:
-      places.append(pending[0])
+  def stop_once(self: train_loop.Watch, step: int, metrics: object) -> None:
+    see(self, step, metrics)
+    if step in (3, 5) and step not in places:
+      places.append(step)
       raise KeyboardInterrupt
-    return said
 
-  report = train_loop._report
-  monkeypatch.setattr(train_loop, "_report", stop_once)
+  see = train_loop.Watch.see
+  monkeypatch.setattr(train_loop.Watch, "see", stop_once)
   for _ in range(2):
     with pytest.raises(KeyboardInterrupt):
       killed.run(worse=[6], train=killed.trained)

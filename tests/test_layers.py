@@ -21,8 +21,8 @@ LAYERS = {
   "model": "attention decode_attention llama convert",
   "pure": "logprobs losses train_step sampling",
   "host": (
-    "artifacts checkpoint generator lm_eval_model service server rollout endpoint train_loop grading safety pairset "
-    "embedding"
+    "artifacts checkpoint journal generator lm_eval_model service server rollout endpoint train_loop grading safety "
+    "pairset embedding"
   ),
   "shared by stages": (
     "modelstore early_stopping finetune lineage nlp_results nlp diagnostics findings reward oversight finegrained "

@@ -166,7 +166,7 @@ def test_another_configuration_is_refused_with_the_keys(run):
 def test_interrupted_in_every_stage_it_ends_with_the_same_pairs(run, tmp_path, monkeypatch):
   """Ctrl-C once in each step: at its second file, after some training steps, or at its commit."""
   workdir, interrupted = epath.Path(tmp_path / "run"), []
-  write, commit, report = artifacts.Artifact.write, artifacts.Artifact.commit, train_loop._report
+  write, commit, see = artifacts.Artifact.write, artifacts.Artifact.commit, train_loop.Watch.see
 
   def stop_once(place):
     if place not in interrupted:
@@ -182,15 +182,14 @@ def test_interrupted_in_every_stage_it_ends_with_the_same_pairs(run, tmp_path, m
     stop_once(str(self.folder))
     commit(self, facts, folders)
 
-  def stopping_report(log, folder, pending, *rest):
-    said = report(log, folder, pending, *rest)
-    if pending[0] == 6 or pending[0] == 120:
-      stop_once(f"{folder} step {pending[0]}")
-    return said
+  def stopping_see(self, step, metrics):
+    see(self, step, metrics)
+    if step == 6 or step == 120:
+      stop_once(f"{self.folder} step {step}")
 
   monkeypatch.setattr(artifacts.Artifact, "write", stopping_write)
   monkeypatch.setattr(artifacts.Artifact, "commit", stopping_commit)
-  monkeypatch.setattr(train_loop, "_report", stopping_report)
+  monkeypatch.setattr(train_loop.Watch, "see", stopping_see)
   for _ in range(100):
     try:
       main.run_steps(smoke(), workdir, "all")

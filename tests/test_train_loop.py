@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import batching, checkpoint, llama, mesh as mesh_lib, train_loop, train_step
+from srlm_jax import batching, checkpoint, journal, llama, mesh as mesh_lib, train_loop, train_step
 
 CONFIG = dataclasses.replace(tiny_model.CONFIG, dropout=0.1)
 OPTIMIZER = train_step.OptimizerConfig(lr=1e-2, end_lr=1e-3, steps=7, warmup=2)
@@ -121,14 +121,22 @@ def test_a_run_in_pieces_is_as_a_whole_one(whole: tuple[llama.Llama, str], tmp_p
     train(folder, Stopping(), until=3)
 
 
-def test_a_run_goes_on_behind_half_a_line_of_metrics(whole: tuple[llama.Llama, str], tmp_path: epath.Path) -> None:
+def test_lines_of_steps_that_are_done_again_go_and_damaged_ones_are_said(
+  whole: tuple[llama.Llama, str], tmp_path: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
   folder = epath.Path(tmp_path)
   with pytest.raises(KeyboardInterrupt):
     train(folder, Stopping(at=5))
-  with (folder / "metrics.jsonl").open("a") as log:
-    log.write('{"step": 5, "lr": 0.0')  # A kill cuts the file anywhere behind the last saved step.
+  path = folder / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  assert len(lines) == 4  # Of the saved steps, and of what was seen until it stopped.
+  digit = lines[1].index("loss") + 9
+  lines[1] = lines[1][:digit] + str(9 - int(lines[1][digit])) + lines[1][digit + 1 :]
+  path.write_text("".join(lines) + whole[1].splitlines(keepends=True)[4] + '{"step": 6, "lr": 0.0')
   train(folder, Stopping())
-  assert (folder / "metrics.jsonl").read_text() == whole[1]
+  kept = whole[1].splitlines(keepends=True)
+  assert path.read_text() == "".join(kept[:1] + kept[2:])
+  assert "the metrics of 1 of the first 4 steps are damaged or missing" in caplog.text
 
 
 def test_the_metrics_of_saved_steps_are_on_the_disk(tmp_path: epath.Path) -> None:
@@ -154,29 +162,56 @@ def poisoned(model: llama.Llama, values: dict, key: jax.Array | None) -> tuple[j
 
 
 class Poisoned(Stopping):
-  """Batches of which one is bad."""
+  """Batches of which some are bad."""
 
-  def __init__(self, bad: int) -> None:
-    super().__init__()
+  def __init__(self, *bad: int, at: int | None = None) -> None:
+    super().__init__(at)
     self.bad = bad
 
   def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
     values = super().__getitem__(step)
-    if step == self.bad:
+    if step in self.bad:
       values["tokens"][0, 0] = 0
     return values
 
 
-@pytest.mark.parametrize("bad", [3, 6])  # Of the step before a save, and of the last one.
-def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(tmp_path: epath.Path, bad: int) -> None:
+def test_steps_that_are_not_finite_are_skipped_and_counted(
+  tmp_path: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
   folder = epath.Path(tmp_path)
-  batches = Poisoned(bad)
-  with pytest.raises(FloatingPointError, match=f"the loss of step {bad + 1} is nan: lower the learning rate"):
+  model = train(folder, Poisoned(1, 2, 4, 6), loss_fn=poisoned)
+  lines = journal.read(folder / "metrics.jsonl")
+  assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 1, 0, 1]
+  assert [line["loss"] is None for line in lines] == [False, True, True, False, True, False, True]
+  rates = train_step.schedule(OPTIMIZER)
+  assert [line["lr"] for line in lines] == [float(rates(step)) for step in range(7)]
+  assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(model))
+  assert caplog.text.count("is skipped: its loss is nan") == 4 and not list(folder.glob("bad_batch*"))
+
+
+def test_too_many_in_a_row_end_the_run_with_their_batches_and_a_good_state(tmp_path: epath.Path) -> None:
+  folder = epath.Path(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    train(folder, Poisoned(3, 4, 5, at=4), loss_fn=poisoned)  # After step 4, the first bad one, was saved.
+  batches = Poisoned(3, 4, 5)
+  with pytest.raises(FloatingPointError, match="3 steps in a row, up to step 6, are not finite.*bad_batch_step_4.npz"):
     train(folder, batches, loss_fn=poisoned)
-  assert len(batches.asked) <= bad + 2
-  assert max(saved(folder)) <= bad
-  steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-  assert steps == list(range(1, bad + 1))
+  assert batches.asked[:2] == [4, 5] and max(saved(folder)) <= 6
+  for step in (4, 5, 6):
+    with (folder / f"bad_batch_step_{step}.npz").open("rb") as file:
+      found = np.load(file)
+      assert {name: found[name].tolist() for name in found} == {
+        name: values.tolist() for name, values in Poisoned(3, 4, 5)[step - 1].items()
+      }
+  state = train_loop.abstract_state(CONFIG, OPTIMIZER, tiny_model.one_device())
+  _, state = checkpoint.StateStore(folder / "states").restore(state)
+  assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
+  assert [line["step"] for line in journal.read(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_may_be_too_many(tmp_path: epath.Path) -> None:
+  with pytest.raises(FloatingPointError, match="1 steps in a row, up to step 7, are not finite"):
+    train(epath.Path(tmp_path), Poisoned(6), loss_fn=poisoned, skip_limit=1)
 
 
 def test_each_step_drops_something_else_out(tmp_path: epath.Path) -> None:

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from srlm_jax import batching, hlo, llama, logprobs, mesh, train_step
+from srlm_jax import batching, checkpoint, hlo, llama, logprobs, mesh, train_step
 
 CONFIG = llama.LlamaConfig(vocab_size=29, embed=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffw=32, max_length=16)
 
@@ -183,3 +184,56 @@ def test_the_first_moment_may_be_bfloat16():
   kinds = [str(leaf.dtype) for leaf in jax.tree.leaves(train_step.init(model, train_step.optimizer(config)).opt_state)]
   weights = len(jax.tree.leaves(model))
   assert kinds.count("bfloat16") == weights and kinds.count("float32") == weights
+
+
+def plain_step(state, batch, seed, *, loss_fn, transform):
+  """A step that never skips."""
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
+  updates, opt_state = transform.update(grads, state.opt_state, state.model)
+  model = optax.apply_updates(state.model, updates)
+  return train_step.TrainState(model, opt_state, state.step + 1), metrics
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_finite_steps_have_the_bits_of_a_step_that_never_skips(kind):
+  model = llama.Llama(CONFIG, jax.random.key(3))
+  loss_fn, batch = loss_and_batch(kind, model)
+  transform = train_step.optimizer(train_step.OptimizerConfig(lr=3e-3, end_lr=1e-3, steps=5, weight_decay=0.1))
+  states = [train_step.init(model, transform)] * 2
+  steps = [
+    jax.jit(functools.partial(step, loss_fn=loss_fn, transform=transform))
+    for step in (train_step.train_step, plain_step)
+  ]
+  for _ in range(5):
+    states = [step(state, batch, jnp.uint32(0))[0] for step, state in zip(steps, states, strict=True)]
+  assert checkpoint.fingerprints(states[0]) == checkpoint.fingerprints(states[1])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(what):
+  model = llama.Llama(CONFIG, jax.random.key(4))
+  batch = make_batch([batching.Example((5, 6, 7, 8, 2), 2)])
+  transform = train_step.optimizer(train_step.OptimizerConfig(lr=3e-3, end_lr=1e-3, steps=5))
+
+  def loss_fn(model, batch, key):
+    loss, metrics = train_step.sft_loss(model, batch, key, 0)
+    bad = batch["bad"] > 0
+    if what == "loss":
+      loss = jnp.where(bad, jnp.inf, loss)
+    else:  # 0 · √x at 0: a finite value whose gradient is none.
+      loss += 0 * jnp.sqrt(jnp.where(bad, 0.0, 1.0) * jnp.sum(jnp.square(model.norm[...])))
+    return loss, {**metrics, "loss": loss}
+
+  step = jax.jit(functools.partial(train_step.train_step, loss_fn=loss_fn, transform=transform))
+  good, bad = ({**batch, "bad": jnp.float32(value)} for value in (0, 1))
+  one, metrics = step(train_step.init(model, transform), good, jnp.uint32(0))
+  assert metrics["skipped"] == 0
+  two, metrics = step(one, bad, jnp.uint32(0))
+  assert metrics["skipped"] == 1 and bool(jnp.isfinite(metrics["loss"])) == (what == "gradient")
+  before, after = checkpoint.fingerprints(one), checkpoint.fingerprints(two)
+  changed = {name for name in before if before[name] != after[name]}
+  assert changed == {".step", ".opt_state[1][2].count"}  # Its own, and that of the learning rate.
+  three, metrics = step(two, good, jnp.uint32(0))
+  assert metrics["skipped"] == 0 and np.isfinite(float(metrics["grad_norm"]))
+  assert int(three.step) == 3 and int(three.opt_state[1][0].count) == 2  # Adam's: of the updates.

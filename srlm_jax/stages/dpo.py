@@ -52,6 +52,7 @@ def run(
     seed=settings.seed,
     save_every=section.save_every,
     accumulate=section.accumulate,
+    skip_limit=section.skip_limit,
   )
   facts = {"pairs": count, "reference": pairs.manifest()["facts"]["reference"]}
   early_stopping.commit(out, words, train, steps, facts, settings, mesh, where)
