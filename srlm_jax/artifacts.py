@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from etils import epath
 import jax
 
-from srlm_jax import digests, distributed, records, storage, version
+from srlm_jax import digests, distributed, interruption, records, storage, version
 
 logger = logging.getLogger(__name__)
 
@@ -360,6 +360,7 @@ def map_shards(
   started, fresh = time.monotonic(), 0
   with distributed.alone() if apart else contextlib.nullcontext():
     for number, index in enumerate(mine, 1):
+      interruption.check()
       part = items[index * size : (index + 1) * size]
       out.write_records(names[index], work(tool, part))
       fresh += len(part)

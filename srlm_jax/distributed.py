@@ -32,7 +32,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 from jax._src import distributed as jax_distributed  # The coordination service has no public name.
 
-from srlm_jax import endings
+from srlm_jax import endings, interruption
 
 LOST = endings.AGAIN
 NEVER = 10**6  # Seconds. JAX's own time-outs end a process without a word and with another code: ours come first.
@@ -93,7 +93,15 @@ def name() -> str:
 
 
 def progress(where: str) -> None:
-  """Says that this process moves; one that has not for SRLM_STUCK_SECONDS ends the run."""
+  """Says that this process moves, and is a place where it can stop; see `interruption.check` for what it raises.
+
+  A process that has not moved for SRLM_STUCK_SECONDS ends the run.
+  """
+  _moved(where)
+  interruption.check()
+
+
+def _moved(where: str) -> None:
   _progress[:] = _progress[0] + 1, where
 
 
@@ -116,7 +124,7 @@ def first(what: str, work: Callable[[], T]) -> T:
       raise RuntimeError(f"{jax.process_count()} processes that do not know each other: set SRLM_PROCESSES=auto.")
     return work()
   key = f"srlm/first/{next(_calls)} {what}"
-  progress(what)
+  _moved(what)
   if writes():
     text = json.dumps(work())
     client.key_value_set(key, text)
@@ -125,7 +133,7 @@ def first(what: str, work: Callable[[], T]) -> T:
       text = client.blocking_key_value_get(key, NEVER * 1000)  # Where nobody moves any more, `_watch` ends it.
     except jax.errors.JaxRuntimeError as error:
       raise endings.PeerLost(f"process 0 did not finish {what!r}: {endings.first_line(error)}") from error
-  progress(f"after {what}")
+  _moved(f"after {what}")
   return json.loads(text)
 
 
@@ -154,7 +162,7 @@ def barrier(what: str, seconds: float = NEVER) -> None:
   if client is None:
     return
   key = f"srlm/barrier/{next(_calls)} {what}"
-  progress(what)
+  _moved(what)
   client.key_value_set(f"{key}/{state.process_id}", "here")
   try:
     client.wait_at_barrier(key, int(seconds * 1000))
@@ -164,7 +172,7 @@ def barrier(what: str, seconds: float = NEVER) -> None:
     raise endings.PeerLost(
       f"process {absent or '?'} did not come to {what!r} in {seconds:g} s ({endings.first_line(error)})."
     ) from error
-  progress(f"after {what}")
+  _moved(f"after {what}")
 
 
 def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -262,7 +270,8 @@ def _on_abort(number: int) -> None:
 
 def _say(message: str) -> None:
   print(f"srlm: {name() or 'this process'} ends: {message}", file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  with contextlib.suppress(OSError, ValueError):  # Its reader is gone, or it is closed: no reason to stay.
+    sys.stdout.flush()
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -280,13 +289,25 @@ def _fail(error: BaseException) -> NoReturn:
     code, message = endings.of(error)
     if code == endings.BUG:
       traceback.print_exception(error)
-  message = message or f"exit code {code}"
+  part(message or f"exit code {code}", code)
+
+
+def part(message: str, code: int) -> NoReturn:
+  """Tells the other processes, where there are any, and ends this one at once."""
   _say(message)
+  if _client():
+    telling = threading.Thread(target=_tell, args=(message, code), daemon=True)  # A frozen coordinator does not answer.
+    telling.start()
+    telling.join(3 * _beat())
+  # With the coordinator the message would go; whoever is to start again learns that from its loss, too.
+  if _client() and writes() and code != LOST:
+    time.sleep(3 * _beat())
+  os._exit(code)
+
+
+def _tell(message: str, code: int) -> None:
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     _client().key_value_set(f"srlm/ended/{jax_distributed.global_state.process_id}", json.dumps([code, message]))
-    if writes():  # It is the coordinator: with it the message would go.
-      time.sleep(3 * _beat())
-  os._exit(code)
 
 
 class _Peer:

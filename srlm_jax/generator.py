@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 
-from srlm_jax import batching, distributed, llama, mesh, sampling as sampling_lib
+from srlm_jax import batching, distributed, interruption, llama, mesh, sampling as sampling_lib
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +230,7 @@ class _Run:
         eos_id=self.engine.eos_id,
       )
       slots, self.stopped = self.slots, np.zeros(self.count, np.bool_)
+      interruption.check()
       seen = distributed.whole((steps, slots.done_B, slots.counts_B, slots.tokens_BG, slots.logprobs_BG))
       yield from ready
       ready = self._collect(*jax.device_get(seen))

@@ -33,6 +33,7 @@ from srlm_jax import (
   endings,
   grading,
   human_eval,
+  interruption,
   llama,
   mesh as mesh_lib,
   modelstore,
@@ -183,6 +184,7 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
       if artifact.done:
         artifact.verify()
   for number, step in enumerate(chosen, 1):
+    interruption.check()
     out = made[step.folder]
     if step.stage != "report":
       out.begin()
@@ -404,7 +406,8 @@ def main(argv: Sequence[str]) -> None:
   if _CACHE.value:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  with distributed.session():
+  writes = stage == "all" or stage in steps.STAGES or stage in COMMANDS
+  with distributed.session(), interruption.session(patient=writes, leave=distributed.part):
     _log_to_stderr()
     _run_stage(stage, _absolute(_WORKDIR.value) if _WORKDIR.value else None)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import checkpoint, distributed, journal, llama, mesh as mesh_lib, storage, train_step
+from srlm_jax import checkpoint, distributed, interruption, journal, llama, mesh as mesh_lib, storage, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,14 @@ def train(
       if pending:  # One step late, so that the device never waits for the host.
         watch.see(*pending)
       pending = index + 1, metrics
-      distributed.progress(f"{folder}: step {index + 1}")
-      if ((index + 1) % save_every == 0 or index + 1 == last) and index + 1 < optimizer.steps:
+      stops = interruption.asked() and jax.process_count() == 1  # Several would have to stop at the same step.
+      due = ((index + 1) % save_every == 0 or index + 1 == last) and index + 1 < optimizer.steps
+      if due or stops:
         watch.see(*pending)  # First, so that a run that ends here saves no more, and no kill loses these metrics.
         pending = None
         log.flush()
         store.save(index + 1, state)
+      distributed.progress(f"{folder}: step {index + 1}")  # Where it stops, if it was told to: what was begun is saved.
     if pending:
       watch.see(*pending)
   return state.model

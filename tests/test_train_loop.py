@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import signal
 
 from etils import epath
 import jax
@@ -12,7 +13,17 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import batching, checkpoint, journal, llama, mesh as mesh_lib, train_loop, train_step
+from srlm_jax import (
+  batching,
+  checkpoint,
+  endings,
+  interruption,
+  journal,
+  llama,
+  mesh as mesh_lib,
+  train_loop,
+  train_step,
+)
 
 CONFIG = dataclasses.replace(tiny_model.CONFIG, dropout=0.1)
 OPTIMIZER = train_step.OptimizerConfig(lr=1e-2, end_lr=1e-3, steps=7, warmup=2)
@@ -102,6 +113,28 @@ def test_a_run_whose_newest_state_is_damaged_ends_as_one_that_nothing_stopped(
   model = train(folder, last)
   assert last.asked == [2, 3, 4, 5, 6] and saved(folder) == [4, 6]
   assert [record.message for record in caplog.records if "is damaged" in record.message]
+  assert (folder / "metrics.jsonl").read_text() == whole[1]
+  assert checkpoint.fingerprints(model) == checkpoint.fingerprints(whole[0])
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_run_that_is_told_to_stop_saves_the_step_in_hand(
+  whole: tuple[llama.Llama, str], tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+  folder, came = epath.Path(tmp_path), []
+  monkeypatch.setattr(interruption, "_came", came)
+
+  class Told(Stopping):
+    def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
+      came.extend([signal.SIGTERM] if step == at else [])
+      return super().__getitem__(step)
+
+  with pytest.raises(endings.Terminated):
+    train(folder, Told())
+  came.clear()
+  last = Stopping()
+  model = train(folder, last)
+  assert last.asked == list(range(at + 1, 7))  # Not one step is done again.
   assert (folder / "metrics.jsonl").read_text() == whole[1]
   assert checkpoint.fingerprints(model) == checkpoint.fingerprints(whole[0])
 

@@ -1,0 +1,97 @@
+"""Being told to stop: SIGTERM (a launcher's, or a machine's that is taken away) and Ctrl-C.
+
+A signal is noted by a thread of its own, whatever the main thread does: while a program compiles or a device computes,
+Python runs no handler.  The main thread meets it at the next `check`, between two steps, texts or files, and the work
+unwinds as after an error: training saves its state, what is being saved is waited for.  Where that takes longer than
+SRLM_GRACE_SECONDS (20), or at a second Ctrl-C, the process leaves as it is, with the same exit code.  Nothing that is
+committed is lost then, either: that is what whole files and manifests are for.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+
+from srlm_jax import endings
+
+STOPS = {signal.SIGTERM: endings.AGAIN, signal.SIGINT: endings.INTERRUPTED}
+
+_came: list[signal.Signals] = []  # The first of them decides the exit code.
+
+
+def grace() -> float:
+  """Seconds that the work may take to end by itself."""
+  return float(os.environ.get("SRLM_GRACE_SECONDS", 20))
+
+
+def asked() -> bool:
+  """Whether this process has been told to stop."""
+  return bool(_came)
+
+
+def check() -> None:
+  """A place where the work can be left: in the main thread of a process that was told to stop it raises.
+
+  Raises:
+    KeyboardInterrupt: after Ctrl-C.
+    endings.Terminated: after SIGTERM.
+  """
+  if _came and threading.current_thread() is threading.main_thread():
+    raise KeyboardInterrupt if _came[0] == signal.SIGINT else endings.Terminated("told to stop by SIGTERM")
+
+
+@contextlib.contextmanager
+def session(patient: bool, leave: Callable[[str, int], object]) -> Iterator[None]:
+  """Within, signals to stop are met at `check`.
+
+  Args:
+    patient: whether the work is waited for at all; what only reads leaves at the first signal.
+    leave: (message, exit code) ends the process at once.
+  """
+  _came.clear()
+  reading, writing = socket.socketpair()
+  writing.setblocking(False)
+  # Python writes each signal's number here as it comes, if only there is some handler.
+  before = {number: signal.signal(number, lambda *_: None) for number in STOPS}
+  fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+  thread = threading.Thread(target=_listen, args=(reading, patient, leave), name="srlm signals", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    if not _came:  # Else the grace goes on, and the handlers with it, to the end of the process.
+      signal.set_wakeup_fd(fd)
+      for number, handler in before.items():
+        signal.signal(number, handler)
+      writing.close()
+      thread.join()
+      reading.close()
+
+
+def _listen(reading: socket.socket, patient: bool, leave: Callable[[str, int], object]) -> None:
+  """Notes the signals whose numbers arrive, until nobody writes any more."""
+  while numbers := reading.recv(16):
+    for number in numbers:
+      if number in STOPS:
+        _hear(signal.Signals(number), patient, leave)
+
+
+def _hear(number: signal.Signals, patient: bool, leave: Callable[[str, int], object]) -> None:
+  """Notes a signal, and sees that the process ends in time."""
+  code = STOPS[_came[0] if _came else number]
+  if not patient or (_came and number == signal.SIGINT):
+    leave(f"{number.name}: it leaves at once.", code)
+  elif not _came:
+    seconds = grace()
+    with contextlib.suppress(OSError, ValueError):  # Its reader is gone, or it is closed.
+      when = f"at the next step or shard, in {seconds:g} s at the latest (Ctrl-C: at once)"
+      sys.stderr.write(f"srlm: {number.name}: it stops {when}.\n")
+    timer = threading.Timer(
+      seconds, leave, [f"the work has not ended within {seconds:g} s (SRLM_GRACE_SECONDS): it leaves as it is.", code]
+    )
+    timer.daemon = True
+    timer.start()
+    _came.append(number)

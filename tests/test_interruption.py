@@ -1,0 +1,137 @@
+"""Signals to stop, in real processes: met at a check, or after the grace, or at once."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from srlm_jax import endings, interruption
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Forks a process for each case from one that has imported everything, sends it its signals, each once the child has
+# said the word before it, and prints how all ended.
+CASES = """
+import hashlib, json, os, signal, sys, threading, time
+from srlm_jax import distributed, endings, interruption
+
+def steps():
+  while True:
+    interruption.check()
+    time.sleep(0.01)
+
+def compiling():  # No Python code runs in the main thread meanwhile.
+  hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+def saving():
+  try:
+    steps()
+  finally:
+    print("saved", file=sys.stderr, flush=True)
+
+def in_a_thread():
+  def work():
+    while not interruption.asked():
+      time.sleep(0.01)
+    interruption.check()  # Raises in the main thread alone.
+    print("thread ended", file=sys.stderr, flush=True)
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  steps()
+
+def child(work, patient):
+  try:
+    with distributed.session(), interruption.session(patient, distributed.part):
+      print("here", file=sys.stderr, flush=True)
+      work()
+  except (KeyboardInterrupt, endings.Terminated) as error:
+    code, message = endings.of(error)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)
+
+def run(work, signals, grace="600", patient=True):
+  os.environ["SRLM_GRACE_SECONDS"] = grace
+  reading, writing = os.pipe()
+  pid = os.fork()
+  if not pid:
+    os.dup2(writing, 2)
+    child(work, patient)
+    os._exit(99)
+  os.close(writing)
+  said = os.fdopen(reading)
+  lines = []
+  for number in signals:
+    lines.append(said.readline().strip())
+    os.kill(pid, number)
+  lines += [line.strip() for line in said]
+  return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), lines
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+print(json.dumps({
+  "term": run(steps, [TERM]),
+  "int": run(steps, [INT]),
+  "saving": run(saving, [TERM]),
+  "thread": run(in_a_thread, [TERM]),
+  "grace": run(compiling, [TERM], grace="0.1"),
+  "twice": run(compiling, [INT, INT]),
+  "both": run(compiling, [TERM, INT]),
+  "reader": run(compiling, [TERM], patient=False),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict[str, tuple[int, list[str]]]:
+  done = subprocess.run([sys.executable, "-c", CASES], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+  ("case", "code", "said"),
+  [
+    ("term", 75, ["told to stop by SIGTERM. The same command goes on from here."]),
+    ("int", 130, ["interrupted. The same command goes on from here."]),
+    ("saving", 75, ["saved", "told to stop by SIGTERM. The same command goes on from here."]),
+    ("thread", 75, ["thread ended", "told to stop by SIGTERM. The same command goes on from here."]),
+  ],
+)
+def test_the_work_ends_at_its_next_step(
+  ends: dict[str, tuple[int, list[str]]], case: str, code: int, said: list[str]
+) -> None:
+  assert ends[case][0] == code and ends[case][1][0] == "here" and ends[case][1][2:] == said
+  name = "SIGINT" if case == "int" else "SIGTERM"
+  assert (
+    ends[case][1][1] == f"srlm: {name}: it stops at the next step or shard, in 600 s at the latest (Ctrl-C: at once)."
+  )
+
+
+@pytest.mark.parametrize(
+  ("case", "code", "said"),
+  [
+    ("grace", 75, "the work has not ended within 0.1 s (SRLM_GRACE_SECONDS): it leaves as it is."),
+    ("twice", 130, "SIGINT: it leaves at once."),
+    ("both", 75, "SIGINT: it leaves at once."),
+    ("reader", 75, "SIGTERM: it leaves at once."),
+  ],
+)
+def test_what_comes_to_no_step_ends_all_the_same(
+  ends: dict[str, tuple[int, list[str]]], case: str, code: int, said: str
+) -> None:
+  assert ends[case][0] == code and ends[case][1][-1] == f"srlm: this process ends: {said}"
+
+
+def test_where_nothing_came_all_is_as_before() -> None:
+  before = [signal.getsignal(number) for number in interruption.STOPS]
+  threads = threading.active_count()
+  with interruption.session(True, lambda *_: None):
+    assert [signal.getsignal(number) for number in interruption.STOPS] != before
+    interruption.check()
+  assert [signal.getsignal(number) for number in interruption.STOPS] == before
+  assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
+  assert interruption.STOPS[signal.SIGTERM] == endings.AGAIN
