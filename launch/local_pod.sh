@@ -6,7 +6,7 @@
 #   launch/local_pod.sh N M ARGUMENT…         arguments of srlm: all --config=configs/tiny.py --workdir=runs/tiny
 #
 # LOGS (default runs/logs/pod) gets each process's log, and pids, RETRIES (3) is how often all are started again at the
-# most. Exit codes: 0 done, 75 given up after RETRIES, 130 interrupted, else the program's own.
+# most. Exit codes: 0 done, 75 given up after RETRIES or told to stop (SIGTERM), 130 interrupted, else the program's own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,11 +31,15 @@ export SRLM_SILENT_SECONDS=${SRLM_SILENT_SECONDS:-60}
 
 pids=()
 end() {
+  local until=$((SECONDS + ${SRLM_GRACE_SECONDS:-20} + 5))
   kill -TERM "${pids[@]}" 2>/dev/null || true
-  sleep 2
+  while ((SECONDS < until)) && kill -0 "${pids[@]}" 2>/dev/null; do
+    sleep 0.2
+  done
   kill -KILL "${pids[@]}" 2>/dev/null || true # A stopped one does not take the other.
 }
-trap 'end; exit 130' INT TERM
+trap 'end; exit 130' INT
+trap 'end; exit 75' TERM
 
 # Starts all processes and waits for them; `code` becomes the first that is not 0. The others, of no use then, have
 # twenty seconds to say why they end.

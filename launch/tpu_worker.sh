@@ -105,7 +105,7 @@ follow() {
   done
 }
 
-# stop: ends the program, and notes that its end is known.
+# stop: ends the program, and notes that its end is known. srlm itself takes at most 20 s (SRLM_GRACE_SECONDS).
 stop() {
   if alive; then
     kill -TERM -- "-$(cat run/pid)"

@@ -54,8 +54,10 @@ def session(patient: bool, leave: Callable[[str, int], object]) -> Iterator[None
   _came.clear()
   reading, writing = socket.socketpair()
   writing.setblocking(False)
-  # Python writes each signal's number here as it comes, if only there is some handler.
-  before = {number: signal.signal(number, lambda *_: None) for number in STOPS}
+  # Python writes each signal's number here as it comes, if only there is some handler. What a shell made this process
+  # ignore (Ctrl-C, of what runs in a script's background) stays ignored.
+  heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+  before = {number: signal.signal(number, lambda *_: None) for number in heard}
   fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
   thread = threading.Thread(target=_listen, args=(reading, patient, leave), name="srlm signals", daemon=True)
   thread.start()

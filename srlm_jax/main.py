@@ -407,7 +407,7 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   writes = stage == "all" or stage in steps.STAGES or stage in COMMANDS
-  with distributed.session(), interruption.session(patient=writes, leave=distributed.part):
+  with interruption.session(patient=writes, leave=distributed.part), distributed.session():
     _log_to_stderr()
     _run_stage(stage, _absolute(_WORKDIR.value) if _WORKDIR.value else None)
 

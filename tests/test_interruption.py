@@ -55,6 +55,7 @@ def child(work, patient):
     os._exit(code)
 
 def run(work, signals, grace="600", patient=True):
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # Pytest may run where it is ignored.
   os.environ["SRLM_GRACE_SECONDS"] = grace
   reading, writing = os.pipe()
   pid = os.fork()
@@ -127,10 +128,14 @@ def test_what_comes_to_no_step_ends_all_the_same(
 
 
 def test_where_nothing_came_all_is_as_before() -> None:
+  ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with interruption.session(True, lambda *_: None):
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  signal.signal(signal.SIGINT, ignored if ignored is not signal.SIG_IGN else signal.default_int_handler)
   before = [signal.getsignal(number) for number in interruption.STOPS]
   threads = threading.active_count()
   with interruption.session(True, lambda *_: None):
-    assert [signal.getsignal(number) for number in interruption.STOPS] != before
+    assert not set(before) & {signal.getsignal(number) for number in interruption.STOPS}
     interruption.check()
   assert [signal.getsignal(number) for number in interruption.STOPS] == before
   assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1

@@ -67,6 +67,20 @@ def test_a_stopped_process_is_killed(tmp_path: pathlib.Path) -> None:
   assert done.returncode == 0 and starts(tmp_path) == [2, 2]
 
 
+def test_told_to_stop_it_gives_its_processes_time_to_end(tmp_path: pathlib.Path) -> None:
+  body = (
+    f"trap 'sleep 3; echo saved >{tmp_path}/saved-$SRLM_PROCESS; exit 75' TERM; touch {tmp_path}/here-$SRLM_PROCESS\n"
+  )
+  settings = fake(tmp_path, body + "while :; do sleep 0.1; done")
+  running = subprocess.Popen(["launch/local_pod.sh", "2", "1", "all"], cwd=ROOT, env={**os.environ, **settings})
+  while not all((tmp_path / f"here-{number}").exists() for number in (0, 1)):
+    assert running.poll() is None
+    time.sleep(0.1)
+  running.send_signal(signal.SIGTERM)
+  assert running.wait() == 75 and starts(tmp_path) == [1, 1]
+  assert all((tmp_path / f"saved-{number}").exists() for number in (0, 1))
+
+
 def test_it_gives_up(tmp_path: pathlib.Path) -> None:
   done = pod("2", "1", "all", **fake(tmp_path, "exit 75"), RETRIES="1")
   assert done.returncode == 75 and starts(tmp_path) == [2, 2]
