@@ -28,6 +28,7 @@ from srlm_jax import (
   alpaca_eval,
   artifacts,
   comparison,
+  compiled,
   convert,
   distributed,
   endings,
@@ -404,8 +405,7 @@ def main(argv: Sequence[str]) -> None:
   if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
     raise _refused("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   if _CACHE.value:
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(_CACHE.value).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compiled.keep_in(pathlib.Path(_CACHE.value).expanduser())
   writes = stage == "all" or stage in steps.STAGES or stage in COMMANDS
   with interruption.session(patient=writes, leave=distributed.part), distributed.session():
     _log_to_stderr()

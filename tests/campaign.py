@@ -158,18 +158,16 @@ def child(
   place: str,
   moment: Moment | None,
   snapshots: str | None,
-  programs: str,
   limits: Mapping[int, int],
   program: str,
 ) -> None:
   """Is `srlm` with these arguments, in a process that was forked for it; `program` is the module whose `run` it is."""
   # One CPU device, and code that is compiled quickly; all of it is kept.
-  os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_backend_optimization_level=0")
+  least = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+  os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0", least: "0"})
   if "jax" in sys.modules:  # It has read its environment; it has not begun to use it.
-    settings = sys.modules["jax"].config
-    settings.update("jax_platforms", "cpu")
-    settings.update("jax_compilation_cache_dir", programs)
-    settings.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    sys.modules["jax"].config.update("jax_platforms", "cpu")
+    sys.modules["jax"].config.update(least.lower(), 0.0)
   sys.argv = ["srlm", *arguments]
   out = os.open(f"{place}/said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(out, 1)
@@ -210,10 +208,11 @@ class Launcher:
     """Starts a process; `place` gets what it says."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([self.program])
-    call = [*stage.split(), *self.arguments, f"--workdir={workdir}", "--compilation_cache=", *arguments]
+    programs = f"--compilation_cache={self.programs}"
+    call = [*stage.split(), *self.arguments, f"--workdir={workdir}", programs, *arguments]
     folder = str(snapshots) if snapshots else None
     process = context.Process(
-      target=child, args=(call, str(workdir), place, moment, folder, str(self.programs), limits or {}, self.program)
+      target=child, args=(call, str(workdir), place, moment, folder, limits or {}, self.program)
     )
     process.start()
     return process
@@ -265,7 +264,7 @@ def kinds(workdir: pathlib.Path, rng: random.Random, below: str = "") -> dict[st
   by_kind = collections.defaultdict(list)
   for path in sorted((workdir / below).rglob("*")):
     name = str(path.relative_to(workdir))
-    if path.is_file() and path.stat().st_size and not name.startswith(("logs/", "report/")):
+    if path.is_file() and path.stat().st_size and not name.startswith("logs/"):
       by_kind[kind_of(name)].append(name)
   return {kind: rng.choice(names) for kind, names in by_kind.items()}
 
