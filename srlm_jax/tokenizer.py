@@ -26,6 +26,8 @@ from typing import Any
 from etils import epath
 import sentencepiece
 
+from srlm_jax import storage
+
 SENTENCEPIECE_FILE = "tokenizer.model"
 # All files of a Hugging Face folder that a tokenizer is made of; any of the first two makes a folder one of them.
 HUGGINGFACE_FILES = (
@@ -121,7 +123,7 @@ class Tokenizer:
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in self.files.items():
-      (folder / name).write_bytes(content)
+      storage.write(folder / name, content)
 
   def golden(self) -> dict[str, Any]:
     """What `verify` compares later: sizes, special ids and the encodings of fixed texts, as JSON can hold them."""

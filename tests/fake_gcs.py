@@ -79,6 +79,7 @@ class Store:
   """The buckets, made as they are named, and what shall go wrong."""
 
   def __init__(self) -> None:
+    self.weather = 0  # Every so manieth request fails, and as many break off.
     self.blobs: dict[tuple[str, str], Blob] = {}
     self.faults: list[Fault] = []
     self.counts: Counter[str] = Counter()
@@ -96,6 +97,7 @@ class Store:
   def clear(self) -> None:
     """As new."""
     with self.lock:
+      self.weather = 0
       self.blobs.clear()
       self.faults.clear()
       self.counts.clear()
@@ -109,6 +111,9 @@ class Store:
     """What is to go wrong with this request."""
     with self.lock:
       self.counts[operation] += 1
+      if self.weather and (number := self.counts.total() % self.weather) in (1, self.weather // 2 + 1):
+        torn = number == 1 and operation in ("insert", "get")
+        return Fault(operation, torn=torn, status=0 if torn else 503)
       for fault in self.faults:
         if fault.operation == operation and re.search(fault.name, name) and fault.times > 0:
           fault.times -= 1

@@ -74,6 +74,14 @@ def test_a_fault_that_passes_is_survived(store: fake_gcs.Store, fault: Callable[
   assert out.digest() == whole and done == ["p0", "p3", "p6"] and trouble.times == 0
 
 
+def test_a_store_that_fails_now_and_then_is_good_enough(store: fake_gcs.Store) -> None:
+  whole = stage(RUN / "whole", []).digest()
+  for weather in (5, 6, 7):
+    store.weather = weather
+    out = stage(RUN / f"a{weather}", [])
+    assert out.digest() == whole and list(out.read_shards("prompts", Prompt)) == PROMPTS
+
+
 @pytest.mark.parametrize("name", [r"00001-of-00003\.jsonl$", r"00001-of-00003\.jsonl\.done$", "manifest", "stage"])
 @pytest.mark.parametrize("how", [{"status": 503}, {"torn": True}])
 def test_a_store_that_fails_for_good_costs_a_shard(store: fake_gcs.Store, name: str, how: dict[str, object]) -> None:
