@@ -5,13 +5,12 @@ reads for each device its own part, and both ways one tensor at a time passes th
 more than that beside what the devices hold.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
 import json
 import math
-import os
 from typing import Any
 
 from etils import epath
@@ -19,18 +18,12 @@ from flax import nnx
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  # Gives numpy, and so safetensors, bfloat16.
 import numpy as np
-import safetensors
 
-from srlm_jax import distributed, llama, mesh as mesh_lib, tokenizer
+from srlm_jax import distributed, hf_files, llama, mesh as mesh_lib, tokenizer
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-CODES = {name: code for code, name in DTYPES.items()}
-FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+CODES = {name: code for code, name in hf_files.DTYPES.items()}
+HEAD = "lm_head.weight"
 CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id")  # Fields of config.json that a model alone does not know.
 
 
@@ -73,7 +66,7 @@ LAYOUTS = {
   "layers.up": Layout("model.layers.{}.mlp.up_proj.weight", ((1,), (0,))),
   "layers.down": Layout("model.layers.{}.mlp.down_proj.weight", ((1,), (0,))),
   "norm": Layout("model.norm.weight", ((0,),)),
-  "head": Layout("lm_head.weight", ((1,), (0,))),
+  "head": Layout(HEAD, ((1,), (0,))),
 }
 
 
@@ -93,116 +86,7 @@ def _params(model: llama.Llama) -> dict[str, nnx.Param]:
   return {name: found[name] for name in LAYOUTS if name in found}
 
 
-def _rope_scaling(fields: Mapping[str, Any], path: epath.Path) -> llama.RopeScaling | None:
-  kind = fields.get("rope_type", fields.get("type", "default"))
-  if kind == "default":
-    return None
-  if kind != "llama3":
-    raise ValueError(f"{path}: rope type {kind!r}: only 'default' and 'llama3' are implemented. Use another model.")
-  names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-  if missing := [name for name in names if name not in fields]:
-    raise ValueError(f"{path}: its rope scaling does not state {', '.join(missing)}. Add them.")
-  factor, low, high, length = (fields[name] for name in names)
-  return llama.RopeScaling(float(factor), float(low), float(high), int(length))
-
-
-def read_config(folder: epath.PathLike) -> llama.LlamaConfig:
-  """The sizes that a folder's config.json states, in the style of transformers 5 or of older ones.
-
-  The dtype of the file becomes both that of the parameters and that of computation.
-
-  Raises:
-    ValueError: there is no config.json, or it asks for what our Llama does not have.
-  """
-  path = epath.Path(folder) / "config.json"
-  if not path.exists():
-    raise ValueError(f"{path} is missing: name a folder with a Llama model in Hugging Face's format.")
-  fields = json.loads(path.read_text())
-  for name, value in FIXED.items():
-    if fields.get(name, value) != value:
-      raise ValueError(f"{path}: {name} is {fields[name]!r}, only {value!r} is implemented. Use another model.")
-  if missing := [name for name in REQUIRED if name not in fields]:
-    raise ValueError(f"{path} does not state {', '.join(missing)}: is it the config.json of a Llama?")
-  # One of the two holds it all in transformers 5, older ones keep theta beside the scaling.
-  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-  dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-  heads, embed = fields["num_attention_heads"], fields["hidden_size"]
-  return llama.LlamaConfig(
-    vocab_size=fields["vocab_size"],
-    embed=embed,
-    layers=fields["num_hidden_layers"],
-    heads=heads,
-    kv_heads=fields.get("num_key_value_heads") or heads,
-    head_dim=fields.get("head_dim") or embed // heads,
-    ffw=fields["intermediate_size"],
-    max_length=fields.get("max_position_embeddings", 2048),
-    rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
-    rope_scaling=_rope_scaling(rope, path),
-    norm_eps=fields.get("rms_norm_eps", 1e-6),
-    tied=fields.get("tie_word_embeddings", False),
-    dtype=dtype,
-    param_dtype=dtype,
-  )
-
-
 # Import
-
-
-def _weight_files(folder: epath.Path) -> list[epath.Path]:
-  """The safetensors files of a folder; ValueError where there are none or only pickles."""
-  if "://" in os.fspath(folder):
-    raise ValueError(f"{folder}: tensors are read from a local disk alone. Copy the folder there first.")
-  if (folder / INDEX).exists():
-    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).exists()]:
-      raise ValueError(f"{folder}: {INDEX} names files that are missing: {', '.join(missing)}. Download them again.")
-    return [folder / name for name in names]
-  if (folder / WEIGHTS).exists():
-    return [folder / WEIGHTS]
-  if pickles := sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern)):
-    raise ValueError(
-      f"{folder} has pickled weights only ({', '.join(pickles[:3])}): unpickling can run anybody's code, so they are "
-      "refused. Use the model's safetensors files."
-    )
-  raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: name a folder with a model's safetensors files.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """A tensor in a file that is open only while it is read: what was read of an open one counts as our memory."""
-
-  path: str
-  name: str
-  shape: tuple[int, ...]
-  dtype: str
-
-  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-    with safetensors.safe_open(self.path, framework="numpy") as file:
-      return file.get_slice(self.name)[index]
-
-
-def _tensors(folder: epath.Path) -> dict[str, Tensor]:
-  """All tensors in a folder by name."""
-  tensors: dict[str, Tensor] = {}
-  for path in map(os.fspath, _weight_files(folder)):
-    with safetensors.safe_open(path, framework="numpy") as file:
-      for name in file.keys():
-        entry = file.get_slice(name)
-        tensors[name] = Tensor(path, name, tuple(entry.get_shape()), entry.get_dtype())
-  return tensors
-
-
-def _check_names(folder: epath.Path, expected: set[str], found: Iterable[str], tied: bool) -> None:
-  def some(names: set[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-  # Old exports hold rotary tables, and some a copy of a tied head: neither is a parameter.
-  ignored = {name for name in found if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
-  if missing := expected - set(found):
-    raise ValueError(f"{folder}: {len(missing)} tensors are missing: {some(missing)}. Is the download complete?")
-  if extra := set(found) - expected - ignored:
-    raise ValueError(f"{folder}: {len(extra)} tensors that a Llama has not: {some(extra)}. Use another model.")
 
 
 def _read_part(tensor: Any, layout: Layout, shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
@@ -225,7 +109,8 @@ def _place(
 
   @functools.cache  # Devices that hold the same part, as over the "data" axis, read it once.
   def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-    return _read_part(tensor, layout, shape, bounds).astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # _check_numbers says what a narrower type cannot hold.
+      return _read_part(tensor, layout, shape, bounds).astype(dtype, copy=False)
 
   def place(index: tuple[slice, ...] | None) -> np.ndarray:
     return part(tuple(along.indices(size)[:2] for along, size in zip(index or (), shape, strict=True)))
@@ -257,34 +142,80 @@ def import_hf(
     dtype: of the parameters and of computation; by default that of the tensors (the widest of several).
 
   Raises:
-    ValueError: weights in pickles, a model that is no Llama, missing or unknown tensors, or wrong shapes.
+    ValueError: weights in pickles, a model that is no Llama, damaged files, missing or unknown tensors, wrong shapes or
+      types, or numbers that are NaN or infinite.
   """
   folder = epath.Path(folder)
-  config = read_config(folder)
-  tensors = _tensors(folder)
-  stored = _stored_dtype(folder, tensors)
-  kind = jnp.dtype(dtype or stored).name
-  config = dataclasses.replace(config, dtype=kind, param_dtype=kind)
-  abstract = jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0)))
-  expected = _theirs(abstract, kind)
-  _check_names(folder, set(expected), tensors, config.tied)
-  for name, want in expected.items():
-    if (have := tensors[name].shape) != want.shape:
-      raise ValueError(
-        f"{folder}: {name} has shape {have}, config.json makes it {want.shape}: the two are of different models."
-      )
+  abstract, tensors = described(folder, dtype)
   if mesh is None:
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, one))
-  shardings = _params(mesh_lib.shardings(abstract, mesh))
-  return _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, shardings[name].get_value()))
+    where = dict.fromkeys(LAYOUTS, one)
+  else:
+    where = {name: sharding.get_value() for name, sharding in _params(mesh_lib.shardings(abstract, mesh)).items()}
+  model = _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, where[name]))
+  _check_numbers(folder, model)
+  if abstract.config.tied and HEAD in tensors:
+    _check_head(folder, tensors, model, where["embedding"])
+  return model
 
 
-def _stored_dtype(folder: epath.Path, tensors: Mapping[str, Tensor]) -> np.dtype:
-  kinds = {tensor.dtype for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-  if unknown := kinds - DTYPES.keys():
-    raise ValueError(f"{folder}: tensors of type {sorted(unknown)}, only {sorted(DTYPES)} are read. Is it quantised?")
-  return functools.reduce(jnp.promote_types, (jnp.dtype(DTYPES[kind]) for kind in kinds))
+def described(
+  folder: epath.Path, dtype: jax.typing.DTypeLike | None = None
+) -> tuple[llama.Llama, dict[str, hf_files.Tensor]]:
+  """The model of a folder in the abstract, and its tensors by name: all that can be checked without reading tensors.
+
+  Raises:
+    ValueError: as `import_hf`, but for numbers that are not finite.
+  """
+  config = hf_files.read_config(folder)
+  tensors = hf_files.tensors(folder)
+  expected = _theirs(jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0))), config.param_dtype)
+  hf_files.check(folder, tensors, {name: want.shape for name, want in expected.items()}, config.tied)
+  widest = functools.reduce(jnp.promote_types, (jnp.dtype(hf_files.DTYPES[tensors[name].dtype]) for name in expected))
+  kind = jnp.dtype(dtype or widest).name
+  config = dataclasses.replace(config, dtype=kind, param_dtype=kind)
+  return jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0))), tensors
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _not_finite(array: jax.Array, stacked: bool) -> jax.Array:
+  """int32: how many numbers are NaN or infinite, of each layer where they are stacked."""
+  return jnp.sum(~jnp.isfinite(array), axis=tuple(range(int(stacked), array.ndim)), dtype=jnp.int32)
+
+
+def _check_numbers(folder: epath.Path, model: llama.Llama) -> None:
+  """ValueError where weights are NaN or infinite; they are counted on the devices where they lie."""
+  params = _params(model)
+  counted = {name: _not_finite(param[...], LAYOUTS[name].stacked) for name, param in params.items()}
+  wrong = {
+    LAYOUTS[name].name.format(layer): int(count)
+    for name, counts in jax.device_get(counted).items()
+    for layer, count in enumerate(np.atleast_1d(counts))
+    if count
+  }
+  if wrong:
+    some = ", ".join(f"{count} of {name}" for name, count in list(wrong.items())[:8])
+    more = f" and of {len(wrong) - 8} more tensors" if len(wrong) > 8 else ""
+    raise ValueError(
+      f"{folder}: NaN or infinite numbers, as {model.config.param_dtype}: {some}{more}. Is the download damaged? Fetch "
+      "the model again, or take a wider model.param_dtype."
+    )
+
+
+def _check_head(
+  folder: epath.Path, tensors: Mapping[str, hf_files.Tensor], model: llama.Llama, sharding: jax.sharding.Sharding
+) -> None:
+  """ValueError where a folder says that its head is the embedding, and holds another one."""
+  embedding = model.embedding[...]
+  same = tensors[HEAD].shape == embedding.shape and tensors[HEAD].dtype in hf_files.DTYPES
+  if same:
+    head = _place(tensors[HEAD], LAYOUTS["embedding"], embedding.shape, embedding.dtype, sharding)
+    same = bool(jax.device_get(jax.jit(jnp.array_equal)(head, embedding)))
+  if not same:
+    raise ValueError(
+      f"{folder}: config.json ties the head to the embedding (tie_word_embeddings), but {HEAD} is another one: set it "
+      "to false if the model was trained so."
+    )
 
 
 # Export
@@ -348,7 +279,7 @@ def _config_json(config: llama.LlamaConfig, dtype: str, carried: Mapping[str, An
     }
   return {
     "architectures": ["LlamaForCausalLM"],
-    **FIXED,
+    **hf_files.FIXED,
     "vocab_size": config.vocab_size,
     "hidden_size": config.embed,
     "num_hidden_layers": config.layers,
@@ -436,6 +367,6 @@ def export_hf(
     return
   if plan.is_sharded:
     index = {"metadata": plan.metadata | {"format": "pt"}, "weight_map": plan.tensor_to_filename}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / hf_files.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
   config = _config_json(model.config, stored.name, carried)
   (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ import safetensors.numpy
 import sentencepiece
 import test_distributed
 
-from srlm_jax import convert, llama, mesh, tokenizer
+from srlm_jax import convert, hf_files, llama, mesh, tokenizer
 
 CONFIG = llama.LlamaConfig(
   vocab_size=48, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, ffw=24, max_length=64, rope_theta=500.0
@@ -220,7 +220,7 @@ def test_dtypes(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:
   np.testing.assert_array_equal(model.layers.q[...], make().layers.q[...].astype(jnp.bfloat16))
   convert.export_hf(make(), tmp_path / "half", dtype="bfloat16")
   assert {tensor.dtype.name for tensor in tensors_of(tmp_path / "half").values()} == {"bfloat16"}
-  assert convert.read_config(tmp_path / "half").param_dtype == "bfloat16"
+  assert hf_files.read_config(tmp_path / "half").param_dtype == "bfloat16"
   jax.tree.map(np.testing.assert_array_equal, convert.import_hf(tmp_path / "half"), model)
 
 
@@ -236,20 +236,20 @@ def test_the_widest_of_mixed_dtypes_is_kept(exported: pathlib.Path) -> None:
 def test_old_and_new_configs_say_the_same(scaling: llama.RopeScaling | None, tmp_path: pathlib.Path) -> None:
   config = dataclasses.replace(CONFIG, rope_scaling=scaling, tied=True, dtype="bfloat16", param_dtype="bfloat16")
   convert.export_hf(make(config), tmp_path)
-  assert convert.read_config(tmp_path) == config
+  assert hf_files.read_config(tmp_path) == config
   both = json.loads((tmp_path / "config.json").read_text())
   assert both["rope_parameters"]["rope_theta"] == both["rope_theta"] == 500.0
   change(tmp_path, rope_parameters=None, dtype=None)
-  assert convert.read_config(tmp_path) == config  # As transformers 4 writes it.
+  assert hf_files.read_config(tmp_path) == config  # As transformers 4 writes it.
   (tmp_path / "config.json").write_text(json.dumps(both))
   change(tmp_path, rope_theta=None, rope_scaling=None, torch_dtype=None)
-  assert convert.read_config(tmp_path) == config  # As transformers 5 writes it.
+  assert hf_files.read_config(tmp_path) == config  # As transformers 5 writes it.
 
 
 def test_defaults_of_old_configs(exported: pathlib.Path) -> None:
   absent = ("head_dim", "num_key_value_heads", "rope_theta", "rope_scaling", "rope_parameters", "dtype", "torch_dtype")
   change(exported, **dict.fromkeys(absent))
-  config = convert.read_config(exported)
+  config = hf_files.read_config(exported)
   assert (config.kv_heads, config.head_dim, config.rope_theta, config.param_dtype) == (4, 4, 10000.0, "float32")
 
 
@@ -321,7 +321,7 @@ def test_wrong_tensors_are_refused(tensors: dict[str, Any], message: str, export
 def test_other_models_are_refused(fields: dict[str, Any], message: str, exported: pathlib.Path) -> None:
   change(exported, **fields)
   with pytest.raises(ValueError, match=message):
-    convert.read_config(exported)
+    hf_files.read_config(exported)
 
 
 def test_incomplete_folders_are_refused(tmp_path: pathlib.Path) -> None:
@@ -336,7 +336,7 @@ def test_incomplete_folders_are_refused(tmp_path: pathlib.Path) -> None:
   with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
     convert.import_hf(tmp_path / "sharded")
   with pytest.raises(ValueError, match="local disk"):
-    convert._weight_files(convert.epath.Path("gs://bucket/model"))
+    hf_files.weight_files(epath.Path("gs://bucket/model"))
 
 
 def test_export_refuses(exported: pathlib.Path, tokenizer_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from srlm_jax import convert, llama
+from srlm_jax import convert, hf_files, llama
 
 ROOT = pathlib.Path(__file__).parents[1]
 STATUS = pathlib.Path("/proc/self/status")
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="resident memory is 
 MEASURED = """
 import json, pathlib, shutil, sys
 import jax, numpy as np, safetensors
-from srlm_jax import convert, mesh
+from srlm_jax import convert, hf_files, mesh
 
 def memory(field):
   lines = pathlib.Path("/proc/self/status").read_text().splitlines()
@@ -43,7 +43,7 @@ model = jax.block_until_ready(convert.import_hf(source, devices))
 figures.append(memory("VmHWM"))
 
 def compare(param, name, layer):  # With our dimensions theirs transposed.
-  file = json.loads((source / convert.INDEX).read_text())["weight_map"][name]
+  file = json.loads((source / hf_files.INDEX).read_text())["weight_map"][name]
   with safetensors.safe_open(source / file, framework="numpy") as opened:
     theirs = opened.get_tensor(name).T.view(np.uint16)
   for shard in param[...].addressable_shards:
@@ -84,7 +84,7 @@ def write(folder: pathlib.Path, config: llama.LlamaConfig) -> int:
     held = {name: numbers(place, tensors[name].shape) for name, place in places.items()}
     safetensors.numpy.save_file(held, folder / file, {"format": "pt"})
   index = {"weight_map": {name: file for file, places in files.items() for name in places}}
-  (folder / convert.INDEX).write_text(json.dumps(index))
+  (folder / hf_files.INDEX).write_text(json.dumps(index))
   (folder / "config.json").write_text(json.dumps(convert._config_json(config, "bfloat16", {})))
   return sum(tensor.size * 2 for tensor in tensors.values())
 
@@ -105,10 +105,10 @@ def measure(place: pathlib.Path, **sizes: int) -> tuple[int, int, int]:
 
 def check(folder: pathlib.Path, config: llama.LlamaConfig, every: int) -> None:
   """Compares every so many of the tensors in a folder with what `write` wrote."""
-  files = json.loads((folder / convert.INDEX).read_text())["weight_map"] if (folder / convert.INDEX).exists() else {}
+  files = json.loads((folder / hf_files.INDEX).read_text())["weight_map"] if (folder / hf_files.INDEX).exists() else {}
   tensors = theirs(config)
   for place, name in list(enumerate(tensors))[::every]:
-    with safetensors.safe_open(folder / files.get(name, convert.WEIGHTS), framework="numpy") as file:
+    with safetensors.safe_open(folder / files.get(name, hf_files.WEIGHTS), framework="numpy") as file:
       assert file.get_tensor(name).tobytes() == numbers(place, tensors[name].shape).tobytes(), name
 
 

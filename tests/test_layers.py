@@ -18,7 +18,7 @@ LAYERS = {
     "world_files classes strata tsne agreement paper tables human_eval selection monitors plots pages config"
   ),
   "arrays": "endings interruption distributed compiled mesh tokenizer chat batching dataset",
-  "model": "attention decode_attention llama convert",
+  "model": "attention decode_attention llama hf_files convert",
   "pure": "logprobs losses train_step sampling",
   "host": (
     "artifacts checkpoint journal generator lm_eval_model service server rollout endpoint train_loop grading safety "
