@@ -5,6 +5,7 @@ reads for each device its own part, and both ways one tensor at a time passes th
 more than that beside what the devices hold.
 """
 
+import collections
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
@@ -102,15 +103,32 @@ def _read_part(tensor: Any, layout: Layout, shape: tuple[int, ...], bounds: tupl
   return block.transpose(np.argsort(layout.order))
 
 
+def _not_finite(array: np.ndarray) -> int:
+  """How many numbers are NaN or infinite, by their bits: the exponent's are all set."""
+  kind = f"uint{8 * array.dtype.itemsize}"
+  exponent = np.asarray(np.inf, array.dtype).view(kind)
+  return int(np.count_nonzero(array.view(kind) & exponent == exponent))
+
+
 def _place(
-  tensor: Any, layout: Layout, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
+  tensor: Any,
+  layout: Layout,
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  sharding: jax.sharding.Sharding,
+  count: Callable[[int], None],
 ) -> jax.Array:
-  """A tensor as one of our parameters (or a layer of one), each device's part read alone."""
+  """A tensor as one of our parameters (or a layer of one), each device's part read alone.
+
+  `count` receives of each part how many numbers are NaN or infinite.
+  """
 
   @functools.cache  # Devices that hold the same part, as over the "data" axis, read it once.
   def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
     with np.errstate(over="ignore"):  # _check_numbers says what a narrower type cannot hold.
-      return _read_part(tensor, layout, shape, bounds).astype(dtype, copy=False)
+      found = _read_part(tensor, layout, shape, bounds).astype(dtype, copy=False)
+    count(_not_finite(found))
+    return found
 
   def place(index: tuple[slice, ...] | None) -> np.ndarray:
     return part(tuple(along.indices(size)[:2] for along, size in zip(index or (), shape, strict=True)))
@@ -118,17 +136,28 @@ def _place(
   return jax.make_array_from_callback(shape, sharding, place)
 
 
-def _load(tensors: Mapping[str, Any], layout: Layout, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
-  """One of our parameters; a stacked one grows on its devices, so that the host holds no more than a layer of it."""
+def _load(
+  tensors: Mapping[str, Any],
+  layout: Layout,
+  param: nnx.Param,
+  sharding: jax.sharding.Sharding,
+  counted: collections.Counter[str],
+) -> jax.Array:
+  """One of our parameters; a stacked one grows on its devices, so that the host holds no more than a layer of it.
+
+  `counted` receives for each of their tensors how many of the numbers that this process read are not finite.
+  """
   distributed.progress(f"read {layout.name}")
   shape, dtype = param.shape, param.dtype
+
+  def place(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
+    return _place(tensors[name], layout, shape, dtype, sharding, lambda count: counted.update({name: count}))
+
   if not layout.stacked:
-    return _place(tensors[layout.name], layout, shape, dtype, sharding)
-
-  def layer(index: int, of_layer: jax.sharding.Sharding) -> jax.Array:
-    return _place(tensors[layout.name.format(index)], layout, shape[1:], dtype, of_layer)
-
-  return mesh_lib.stack_layers(layer, shape, dtype, sharding)
+    return place(layout.name, shape, sharding)
+  return mesh_lib.stack_layers(
+    lambda index, of_layer: place(layout.name.format(index), shape[1:], of_layer), shape, dtype, sharding
+  )
 
 
 def import_hf(
@@ -152,8 +181,9 @@ def import_hf(
     where = dict.fromkeys(LAYOUTS, one)
   else:
     where = {name: sharding.get_value() for name, sharding in _params(mesh_lib.shardings(abstract, mesh)).items()}
-  model = _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, where[name]))
-  _check_numbers(folder, model)
+  counted: collections.Counter[str] = collections.Counter()
+  model = _map_params(abstract, lambda name, param: _load(tensors, LAYOUTS[name], param, where[name], counted))
+  _check_numbers(folder, counted, abstract.config.param_dtype)
   if abstract.config.tied and HEAD in tensors:
     _check_head(folder, tensors, model, where["embedding"])
   return model
@@ -177,28 +207,15 @@ def described(
   return jax.eval_shape(lambda: llama.Llama(config, jax.random.key(0))), tensors
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _not_finite(array: jax.Array, stacked: bool) -> jax.Array:
-  """int32: how many numbers are NaN or infinite, of each layer where they are stacked."""
-  return jnp.sum(~jnp.isfinite(array), axis=tuple(range(int(stacked), array.ndim)), dtype=jnp.int32)
-
-
-def _check_numbers(folder: epath.Path, model: llama.Llama) -> None:
-  """ValueError where weights are NaN or infinite; they are counted on the devices where they lie."""
-  params = _params(model)
-  counted = {name: _not_finite(param[...], LAYOUTS[name].stacked) for name, param in params.items()}
-  wrong = {
-    LAYOUTS[name].name.format(layer): int(count)
-    for name, counts in jax.device_get(counted).items()
-    for layer, count in enumerate(np.atleast_1d(counts))
-    if count
-  }
+def _check_numbers(folder: epath.Path, counted: Mapping[str, int], dtype: str) -> None:
+  """ValueError where tensors have numbers that are NaN or infinite, of which `counted` says how many."""
+  wrong = {name: count for name, count in sorted(counted.items()) if count}
   if wrong:
     some = ", ".join(f"{count} of {name}" for name, count in list(wrong.items())[:8])
     more = f" and of {len(wrong) - 8} more tensors" if len(wrong) > 8 else ""
     raise ValueError(
-      f"{folder}: NaN or infinite numbers, as {model.config.param_dtype}: {some}{more}. Is the download damaged? Fetch "
-      "the model again, or take a wider model.param_dtype."
+      f"{folder}: NaN or infinite numbers, as {dtype}: {some}{more}. Is the download damaged? Fetch the model again, "
+      "or take a wider model.param_dtype."
     )
 
 
@@ -209,7 +226,7 @@ def _check_head(
   embedding = model.embedding[...]
   same = tensors[HEAD].shape == embedding.shape and tensors[HEAD].dtype in hf_files.DTYPES
   if same:
-    head = _place(tensors[HEAD], LAYOUTS["embedding"], embedding.shape, embedding.dtype, sharding)
+    head = _place(tensors[HEAD], LAYOUTS["embedding"], embedding.shape, embedding.dtype, sharding, lambda count: None)
     same = bool(jax.device_get(jax.jit(jnp.array_equal)(head, embedding)))
   if not same:
     raise ValueError(

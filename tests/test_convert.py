@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import json
 import os
@@ -206,7 +207,7 @@ def test_each_device_part_is_read_alone_and_once(exported: pathlib.Path) -> None
   model = make()
   shardings = mesh.shardings(model, devices)
   sharding = shardings.layers.q.get_value()
-  loaded = convert._load(spies, convert.LAYOUTS["layers.q"], model.layers.q, sharding)
+  loaded = convert._load(spies, convert.LAYOUTS["layers.q"], model.layers.q, sharding, collections.Counter())
   np.testing.assert_array_equal(loaded, model.layers.q[...])
   for layer in range(CONFIG.layers):  # Four parts, each for two devices: a quarter of the tensor, once.
     spy = spies[f"model.layers.{layer}.self_attn.q_proj.weight"]

@@ -230,7 +230,7 @@ def test_numbers_that_are_none_are_counted_where_they_lie(sizes: dict[str, int] 
   with pytest.raises(ValueError) as caught:
     convert.import_hf(folder, mesh.make_mesh(**sizes) if sizes else None)
   assert str(caught.value) == (
-    f"{folder}: NaN or infinite numbers, as float32: 1 of {names[1]}, 2 of {names[0]}, 1 of {NORM}. Is the download "
+    f"{folder}: NaN or infinite numbers, as float32: 2 of {names[0]}, 1 of {names[1]}, 1 of {NORM}. Is the download "
     "damaged? Fetch the model again, or take a wider model.param_dtype."
   )
 
