@@ -14,24 +14,22 @@ def check(settings: config_dict.ConfigDict, paths: Mapping[str, epath.Path], sta
 
   Args:
     settings: of the run.
-    paths: the files that are needed, by setting ("data.trees"). Those that are not there are not checked: who calls
-      knows whether an earlier stage makes them.
+    paths: the files that are needed and that no earlier stage makes, by setting ("data.trees").
     stages: that are to run.
   """
-  there = {key: path for key, path in paths.items() if path.exists()}
-  names = {"trees": "data.trees", "heldout_trees": "data.heldout_trees", "eval_prompts": "data.eval_prompts"}
-  wanted = {**names, "validation": "select.path"}
-  if "data.trees" in there and all(key in there for key in wanted.values() if key in paths):
-    seed.read(settings, {role: there[key] for role, key in wanted.items() if key in there})
-  if "data.judgements" in there:
-    eft.annotated(there["data.judgements"], templates.load_rubric(settings.judge.rubric))
-  if "data.pretrain" in there:
-    for _ in records.read_given(there["data.pretrain"], records.Document, name=""):
+  roles = {"trees": "data.trees", "heldout_trees": "data.heldout_trees", "eval_prompts": "data.eval_prompts"}
+  roles["validation"] = "select.path"
+  if "data.trees" in paths:
+    seed.read(settings, {role: paths[key] for role, key in roles.items() if key in paths})
+  if "data.judgements" in paths:
+    eft.annotated(paths["data.judgements"], templates.load_rubric(settings.judge.rubric))
+  if "data.pretrain" in paths:
+    for _ in records.read_given(paths["data.pretrain"], records.Document, name=""):
       pass
-  if "monitors.prompts" in there:
-    list(records.read_prompts(there["monitors.prompts"]))
-  if "analysis.vectors" in there:
-    embedding.load(there["analysis.vectors"])
+  if "monitors.prompts" in paths:
+    list(records.read_prompts(paths["monitors.prompts"]))
+  if "analysis.vectors" in paths:
+    embedding.load(paths["analysis.vectors"])
   check_forms(settings, stages)
 
 

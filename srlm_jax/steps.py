@@ -172,7 +172,9 @@ def check_start(
       raise ValueError(f"{key} is not set: give --config.{key}=PATH.{other}")
     if not value.startswith("world/") and not path.exists():
       raise ValueError(f"{key}={value}: there is no such file or folder.")
-    files[key] = path
+    # What a killed stage left of the world is made anew; where there is no world, its readers say what to run.
+    if not value.startswith("world/") or ("world" not in stages and path.exists()):
+      files[key] = path
   asks = {"evaluate": c.evaluate.grader, "sft": c.select.judge, "dpo": c.select.judge}
   asks["classify"] = "" if c.world.enabled else c.evaluate.grader
   if any(asks.get(stage) == "endpoint" for stage in stages):  # Both raise for what they cannot use.

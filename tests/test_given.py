@@ -7,6 +7,7 @@ from etils import epath
 from ml_collections import config_dict
 import numpy as np
 import pytest
+import tiny_model
 
 from srlm_jax import config, given, main, records, steps, templates, world_files
 
@@ -45,7 +46,6 @@ def paths(files: epath.Path) -> dict[str, epath.Path]:
 
 def test_good_files_pass(files: epath.Path) -> None:
   given.check(settings(), paths(files), ())
-  given.check(settings(), {key: path.parent / "later" / path.name for key, path in paths(files).items()}, ())
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,19 @@ def test_a_template_that_asks_for_no_verdict_is_refused(
     given.check(c, {}, {stage})
   given.check(c, {}, set())  # No stage asks by it.
   given.check(config.base(), {}, {"eft", "evaluate", "sft", "dpo", "safety", "classify"})
+
+
+def test_what_a_killed_world_left_is_not_checked(tmp_path: pathlib.Path) -> None:
+  c, workdir = config.base(), epath.Path(tmp_path)
+  c.world.enabled, c.data.trees, c.select.judge = True, "world/trees.jsonl", "none"
+  planned = {step.folder: step for step in steps.plan(c, workdir, None)}
+  mesh = tiny_model.one_device()
+  steps.check_start(c, workdir, mesh, [planned["seed"]])  # The seed stage says that the world is to be made first.
+  (tmp_path / "world").mkdir()
+  (tmp_path / "world" / "trees.jsonl").write_text('{"message_tree_id": "cut o')
+  steps.check_start(c, workdir, mesh, [planned["world"], planned["seed"]])
+  with pytest.raises(ValueError, match="trees.jsonl, line 1, character 21: not JSON"):  # Finished, and damaged since.
+    steps.check_start(c, workdir, mesh, [planned["seed"]])
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: pathlib.Path) -> None:
