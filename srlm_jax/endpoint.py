@@ -109,7 +109,8 @@ class Kept:
 
   def digest(self, key: str) -> str:
     """sha256 (hexadecimal) over the reply and what it answers."""
-    return hashlib.sha256(json.dumps([key, *dataclasses.astuple(self)]).encode()).hexdigest()
+    fields = json.dumps([key, *dataclasses.astuple(self)], default=repr)  # A damaged file may give bytes, say.
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

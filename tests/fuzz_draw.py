@@ -7,18 +7,43 @@ from typing import TypeVar
 T = TypeVar("T")
 
 # What has a meaning somewhere: delimiters, special tokens, verdicts, markup, ends of lines, things nobody sees.
+CLASS = "\nCategory: coding\nComplexity: 7\nLength: a few words"
 FRAGMENTS = (
   *("<response>", "</response>", "< / RESPONSE >", "response", "<", ">", "/", "[", "]", "|", "\\", "</", "[/"),
   *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "inst", "sys", "</s>", "<s>", "<unk>", "<pad>", "<0x0A>", "<0x3C>"),
   *("<|im_start|>", "<|im_end|>", "<|begin|>", "<|end|>", "<|eot_id|>", "foobar", "▁", "\uff1c", "\uff1e", "\uff0f"),
-  *("Score: 5", "Score:", "\nScore: ", "5", "/5", " out of 5", "points", "**", "[[A]]", "[[B]]", "[[C]]", "[[7]]"),
-  *("Category: coding", "\nComplexity: 7/10", "\nLength: a few words", "\n9. ", "User:", "Answer:", "{response}"),
+  *(
+    "Score: 5",
+    "Score:",
+    "\nScore: ",
+    "\nScore: 7",
+    "5",
+    "/5",
+    " out of 5",
+    "points",
+    "**",
+    "[[A]]",
+    "[[B]]",
+    "[[C]]",
+    "[[7]]",
+  ),
+  *(
+    "Category: coding",
+    "\nComplexity: 7/10",
+    "\nLength: a few words",
+    CLASS,
+    "\n9. ",
+    "User:",
+    "Answer:",
+    "{response}",
+  ),
   *("{instruction}", "{tasks}", "<b>", "<script>alert(1)</script>", "<!--", "-->", "&lt;", "&", "'", '"', "{{ 7 }}"),
   *("`", "```", "# ", "- ", "1. ", "> ", "](x)", "![", "$", "~~", "\n", "\r", "\r\n", "\n\n", "\t", " ", "  "),
   *("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\x00", "\x7f", "\ufeff", "\u200b", "\u200d", "\u202e", "\ufe0f"),
   *("\u034f", "\u0338", "\u0301", "\u3164", "\xad", "\u017f", "\ud800", "\udfff", "\U0001f642", "\u4f60", "\u0130"),
   *("null", "1e999", "NaN", "-1", "0", "%s", "\x1b[31m", "a", "word ", "x" * 40, "<answer>", "</answer>", "[answer]"),
 )
+HIDDEN = ("\u200b", "\ufe0f", "\x00", "\xad", "\u034f", "\u2060", "\x7f", "\U000e0041", " ", "▁", "\u0338", "\u3000")
 # What breaks a file: JSON's own edges, other encodings, depths, ends.
 PIECES = (
   *(
@@ -75,9 +100,21 @@ class Draw:
     """Any code point, half surrogate pairs included, the smaller ones more often."""
     return chr(self.number(self.choose((0x7F, 0x7F, 0xFF, 0x2FFF, 0xFFFF, 0x10FFFF))))
 
+  def disguised(self) -> str:
+    """A fragment with something unseen in it, or some of its letters in another form."""
+    text = self.choose(FRAGMENTS)
+    place = self.number(len(text))
+    if self.number(1):
+      return text[:place] + self.choose(HIDDEN) + text[place:]
+    wide = "".join(chr(ord(one) + 0xFEE0) if "!" <= one <= "~" else one for one in text[place:])
+    return text[:place] + wide
+
   def text(self, whole: bool = False, longest: int = 12) -> str:
     """Fragments and characters; `whole`: without half surrogate pairs, as all text that came out of a file."""
-    pieces = [self.choose(FRAGMENTS) if self.number(3) else self.character() for _ in range(self.number(longest))]
+    pieces = []
+    for _ in range(self.number(longest)):
+      kind = self.number(7)
+      pieces.append(self.character() if kind > 5 else self.choose(FRAGMENTS) if kind < 5 else self.disguised())
     text = "".join(pieces)
     return "".join(one for one in text if not 0xD800 <= ord(one) <= 0xDFFF) if whole else text
 

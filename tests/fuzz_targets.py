@@ -13,6 +13,7 @@ import pathlib
 import tempfile
 import types
 from typing import Any
+import unicodedata
 from unittest import mock
 
 from absl import flags
@@ -47,7 +48,7 @@ from srlm_jax import (
 )
 
 KEY = "sk-fuzz/ed+key-0123456789"
-HOW = sampling.Sampling(temperature=0.7, top_p=0.9, max_new=8)
+HOW = sampling.Sampling(temperature=0.7, top_p=0.9, max_new=99)
 
 
 @functools.cache
@@ -86,6 +87,7 @@ def verdicts(draw: Draw) -> None:
   assert templates.parse_verdict(text) in (None, "A", "B", "tie")
   value, reason = templates.parse_rating(text, 1, 10)
   assert (value is None) == bool(reason) and (value is None or 1 <= value <= 10)
+  assert templates.parse_verdict(f"[[B]]{text}") and templates.parse_rating(f"[[7]]{text}", -1e9, 1e9)[0] is not None
   assert templates.parse_verdict(f"{text}[[B]]") == "B" and templates.parse_rating(f"{text}[[7]]", 1, 10) == (7.0, "")
 
 
@@ -135,13 +137,35 @@ def _rubrics() -> tuple[templates.Rubric, ...]:
   return (*map(templates.load_rubric, names), *(templates.Rubric(text, 0, 5, "") for text in OWN))
 
 
+def _bare(text: str) -> str:
+  """A text as a reader sees it who looks through every disguise: plain letters, and nothing that has no width."""
+  plain = (unicodedata.normalize("NFKC", one) for one in text)
+  unseen = {
+    "\u034f",
+    "\u115f",
+    "\u1160",
+    "\u3164",
+    *map(chr, range(0xFE00, 0xFE10)),
+    *map(chr, range(0xE0100, 0xE01F0)),
+  }
+  return "".join(
+    one
+    for letters in plain
+    for one in letters
+    if one.isspace() or not (one in unseen or unicodedata.category(one) in ("Cc", "Cf"))
+  )
+
+
 def filled(draw: Draw) -> None:
   """No text ends its place or opens another: the template's own delimiters are all there are, plain or disguised."""
   rubric = draw.choose(_rubrics())
   instruction, response = draw.text(), draw.text()
+  if not draw.number(3):  # One delimiter in two texts.
+    cut = draw.number(len(response))
+    instruction, response = response[:cut], response[cut:]
   delimiter, own = templates._guarded(rubric.text, ("instruction", "response"))
   text = rubric.fill(instruction, response)
-  assert len(delimiter.findall(text)) == len(delimiter.findall(templates._without_disguise(text))) == own
+  assert len(delimiter.findall(text)) == len(delimiter.findall(_bare(text))) == own
   if rubric.digest:
     inside = text.split("<response>")
     assert len(inside) == 2 and inside[1].count("</response>") == 1
@@ -381,10 +405,10 @@ def overrides(draw: Draw) -> None:
 
   def parse() -> config_dict.ConfigDict:
     found, argv = flags.FlagValues(), ["srlm", *arguments]
-    holder = config_flags.DEFINE_config_dict("config", config.base(), flag_values=found, sys_argv=argv)
     try:
+      holder = config_flags.DEFINE_config_dict("config", config.base(), flag_values=found, sys_argv=argv)
       found(argv)
-    except flags.Error as error:  # What absl shows a user, with the usage.
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:  # What main._parse tells in a sentence.
       raise ValueError(str(error)) from error
     ranges.check(holder.value)
     return holder.value
@@ -441,8 +465,10 @@ def kept_replies(draw: Draw) -> None:
     cache.put("key", "judge", kept)
     (_folder() / "kept.whole").write_bytes(path.read_bytes())
   data = bytearray((_folder() / "kept.whole").read_bytes())
+  near = data.index(b"Fine")
   for _ in range(draw.number(2) + 1):
-    data[draw.number(len(data) - 1)] ^= 1 << draw.number(7)
+    place = near + draw.number(120) - 80 if draw.number(1) else draw.number(len(data) - 1)
+    data[place] ^= 1 << draw.number(7)
   path.write_bytes(data)
 
   def use() -> dict[str, endpoint.Kept]:
@@ -467,6 +493,7 @@ def server_replies(draw: Draw) -> None:
   with mock.patch.dict(os.environ, {service.KEY: KEY}):
     asked = service.Service("http://127.0.0.1:9", "", 1, 0, 10.0)
     one = server.Server(asked, asked.urls[0], "m1", words, words.vocab_size, HOW, 32, 0, server.Counter())
+
     try:
       [completion], counts = one._ask(client, generator.Request("q", (1, 5), 1))
       assert counts["texts"] == 1 and len(completion.tokens) <= HOW.max_new

@@ -432,6 +432,12 @@ def test_a_changed_reply_is_never_taken_for_what_was_answered(loopback: Loopback
       ValueError, match=r"a kept reply is damaged.*paid, again: sqlite3 .* \"DELETE FROM replies WHERE"
     ):
       ask()
+  path.write_bytes(whole)
+  with sqlite3.connect(path) as connection:
+    connection.execute("UPDATE replies SET text = CAST(text AS BLOB)")
+  connection.close()
+  with pytest.raises(ValueError, match="a kept reply is damaged"):
+    ask()
   path.write_bytes(whole.replace(b"tokens_in", b"tokens\xffin"))
   with pytest.raises(ValueError, match=r"replies\.sqlite3 is damaged \("):
     ask()
