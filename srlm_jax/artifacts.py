@@ -86,7 +86,7 @@ class Artifact:
     path = self.folder / name
     data = path.read_bytes()
     try:
-      plain = json.loads(data)
+      plain = digests.parsed(data)
       if "seal" not in plain and plain["format"] in range(1, FORMAT):  # Older formats have no seals.
         return plain
       return digests.unseal(data)

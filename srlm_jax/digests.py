@@ -29,9 +29,17 @@ def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
   return json.dumps({**plain, "seal": _seal(plain)}, indent=indent, sort_keys=True)
 
 
+def parsed(text: str | bytes) -> Any:
+  """A JSON text's value; ValueError for what is neither JSON nor UTF-8, or nested too deeply to read."""
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("it is nested too deeply") from error
+
+
 def unseal(text: str | bytes) -> dict[str, Any]:
   """The content of a sealed text, without the seal; ValueError, saying how, where it is not as it was written."""
-  content = json.loads(text)  # Raises ValueError for what is neither JSON nor UTF-8.
+  content = parsed(text)
   if not isinstance(content, dict) or "seal" not in content:
     raise ValueError("its seal is missing")
   seal = content.pop("seal")

@@ -13,7 +13,7 @@ import zlib
 
 from etils import epath
 
-from srlm_jax import storage
+from srlm_jax import digests, storage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def parse(text: str) -> list[dict[str, Any] | None]:
   rows: list[dict[str, Any] | None] = []
   for one in text.splitlines():
     try:
-      row = json.loads(one)
+      row = digests.parsed(one)
     except ValueError:
       row = None
     whole = isinstance(row, dict) and "step" in row and row.pop("crc", None) == _checksum(row)

@@ -125,7 +125,7 @@ class Draw:
   def edited(self, seeds: Sequence[bytes]) -> bytes:
     """A good file with some things done to it; now and then no good file at all."""
     if self.number(15) == 15:
-      return self.raw(200)
+      return self.choose((self.raw(200), self.choose(PIECES)))
     data = self.choose(seeds)
     for _ in range(self.number(4)):
       start = self.number(max(len(data), 1) - 1)

@@ -33,6 +33,7 @@ from srlm_jax import (
   endpoint,
   generator,
   human_eval,
+  journal,
   oasst,
   pages,
   ranges,
@@ -371,6 +372,21 @@ def artifact_files(draw: Draw) -> None:
   assert name != "prompts.jsonl" or (found is None) == (data != whole)
 
 
+STEPS = "".join(journal.line({"step": n, "loss": 1.5 / n, "skipped": n == 2}) for n in range(1, 5)).encode()
+
+
+def metrics(draw: Draw) -> None:
+  """Each line of a journal is as it was written, or left out; training goes on behind the steps that are asked for."""
+  path, written = _file("metrics.jsonl", draw.edited([STEPS])), journal.parse(STEPS.decode())
+  steps = draw.number(5)
+  assert all(row in written for row in journal.read(path))
+  went_on = journal.Journal(path, steps)
+  went_on.add({"step": 9, "loss": 0.5, "skipped": False})
+  went_on.flush()
+  found = journal.read(path)
+  assert found[-1]["step"] == 9 and all(row in written and row["step"] <= steps for row in found[:-1])
+
+
 # Settings
 
 
@@ -554,5 +570,5 @@ def cells(draw: Draw) -> None:
 TARGETS: tuple[Callable[[Draw], None], ...] = (
   *(score, verdicts, kinds_of_prompts, tasks, few_shot, filled, neutralised, tokens, turns),
   *(record_lines, record_texts, user_prompts, annotators, trees, own_templates, human_votes),
-  *(artifact_files, overrides, endpoint_replies, kept_replies, server_replies, page, blind_page, cells),
+  *(artifact_files, metrics, overrides, endpoint_replies, kept_replies, server_replies, page, blind_page, cells),
 )
