@@ -9,6 +9,7 @@ benchmark from outside has two words.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import json
 import logging
@@ -44,11 +45,13 @@ from srlm_jax import (
   plan,
   records,
   reward,
+  room,
   server,
   slices,
   steps,
   storage,
   tables,
+  workdir as workdir_lib,
 )
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
@@ -184,19 +187,31 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
     for artifact in (*own, *made[step.folder].inputs.values()):
       if artifact.done:
         artifact.verify()
-  for number, step in enumerate(chosen, 1):
-    interruption.check()
-    out = made[step.folder]
-    if step.stage != "report":
-      out.begin()
-      if out.done:
-        logger.info("[%d/%d] %s: done already", number, len(chosen), step.folder)
-        continue
-    logger.info("[%d/%d] %s: stage %s", number, len(chosen), step.folder, step.stage)
-    started = time.monotonic()
-    with jax.set_mesh(step.mesh or mesh):
-      step.run(out)
-    logger.info("[%d/%d] %s: finished in %.1f s", number, len(chosen), step.folder, time.monotonic() - started)
+  todo = [step for step in chosen if step.stage == "report" or not made[step.folder].done]
+  if not storage.is_remote(workdir):  # Stores have room, and say when the lock is written what they refuse.
+    workdir_lib.check_writable(workdir)
+    workdir_lib.check_room(workdir, room.needed(settings, workdir, todo, made))
+  with contextlib.ExitStack() as held:
+    if stage != "report":  # It may be asked for while a run is at work.
+      held.enter_context(workdir_lib.locked(workdir, f"srlm {stage}"))
+      held.enter_context(workdir_lib.logs(workdir))
+    for number, step in enumerate(chosen, 1):
+      _run_step(step, made[step.folder], step.mesh or mesh, f"[{number}/{len(chosen)}] {step.folder}")
+
+
+def _run_step(step: steps.Step, out: artifacts.Artifact, mesh: jax.sharding.Mesh, name: str) -> None:
+  """Runs one step, unless it is done already; `name` is for the log."""
+  interruption.check()
+  if step.stage != "report":
+    out.begin()
+    if out.done:
+      logger.info("%s: done already", name)
+      return
+  logger.info("%s: stage %s", name, step.stage)
+  started = time.monotonic()
+  with jax.set_mesh(mesh):
+    step.run(out)
+  logger.info("%s: finished in %.1f s", name, time.monotonic() - started)
 
 
 def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> None:
@@ -249,7 +264,9 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
     artifact.check_config()
   paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
   cache = steps.endpoint_cache(settings, workdir)
-  with jax.set_mesh(sampling):
+  outputs = workdir / "outside"
+  workdir_lib.check_writable(outputs)
+  with workdir_lib.locked(outputs, f"srlm {words}"), workdir_lib.logs(outputs), jax.set_mesh(sampling):
     COMMANDS[words].run(
       outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache, tuple(_TASKS.value))
     )

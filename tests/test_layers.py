@@ -21,8 +21,8 @@ LAYERS = {
   "model": "attention decode_attention llama hf_files convert",
   "pure": "logprobs losses train_step sampling",
   "host": (
-    "artifacts checkpoint journal generator lm_eval_model service server rollout endpoint train_loop grading safety "
-    "pairset embedding"
+    "artifacts checkpoint journal generator lm_eval_model service workdir server rollout endpoint "
+    "train_loop grading safety pairset embedding"
   ),
   "shared by stages": (
     "modelstore early_stopping finetune lineage nlp_results nlp diagnostics findings reward oversight finegrained "
@@ -33,7 +33,7 @@ LAYERS = {
     "stages.pairs stages.dpo stages.evaluate stages.canaries stages.safety stages.classify stages.analyse stages.embed "
     "stages.report"
   ),
-  "run": "ranges given steps slices chips hlo hlo_cost programs plan main",
+  "run": "ranges given steps room slices chips hlo hlo_cost programs plan main",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
