@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from srlm_jax import (
   artifacts,
+  checks,
   classes,
   config as config_lib,
   digests,
@@ -184,6 +185,7 @@ def check_start(
   trained = {"pretrain": pretrains, "sft": "sft" in stages, "dpo": "dpo" in stages}
   check_batches(settings, mesh, [name for name, wanted in trained.items() if wanted])
   given.check(settings, files, stages)
+  checks.models(settings, files, mesh)
 
 
 def check_batches(settings: config_dict.ConfigDict, mesh: jax.sharding.Mesh, trained: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ import tempfile
 from typing import Any
 
 from etils import epath
+import jinja2
 import sentencepiece
 
 from srlm_jax import storage
@@ -55,6 +56,8 @@ GOLDEN_TEXTS = (
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+PADDING = 1024  # Rows of an embedding without a token, at the most: sizes are rounded up so that they divide.
+
 Batch = list[list[int]]
 
 
@@ -145,6 +148,15 @@ def verify(tokenizer: Tokenizer, golden: Mapping[str, Any]) -> None:
       )
 
 
+def check_rows(tokenizer: Tokenizer, rows: int) -> None:
+  """ValueError where a model's embedding has fewer rows than the tokenizer tokens, or more than padding explains."""
+  if not 0 <= rows - tokenizer.vocab_size <= PADDING:
+    raise ValueError(
+      f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows: as many are wanted, or "
+      f"up to {PADDING} more. A tokenizer of another model? Set config.tokenizer to the right one."
+    )
+
+
 def load(path: epath.PathLike) -> Tokenizer:
   """The tokenizer of a SentencePiece `.model` file, or of a folder that holds one or a Hugging Face tokenizer.
 
@@ -176,6 +188,8 @@ def _check_ends(bos_id: int | None, eos_id: int | None, path: epath.Path) -> Non
 
 def _sentencepiece(content: bytes, path: epath.Path) -> Tokenizer:
   """A tokenizer of a SentencePiece model; its control symbols are never matched in text, whatever the text spells."""
+  if not content:
+    raise ValueError(f"{path} is empty: fetch it again.")
   try:
     model = sentencepiece.SentencePieceProcessor(model_proto=content)
   except RuntimeError as error:
@@ -219,7 +233,16 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:  # The folder may be remote, and nothing else in it shall matter.
     for name, content in files.items():
       (epath.Path(folder) / name).write_bytes(content)
-    words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+      # The length, which only warns, whatever the files say of it.
+      how: dict[str, Any] = dict(local_files_only=True, model_max_length=2**30)
+      words: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **how)
+    except Exception as error:  # tokenizers raises Exception itself, transformers whatever a file leads to.
+      said = str(error).replace(folder, str(path)).partition("\n")[0]
+      raise ValueError(
+        f"{path}: its tokenizer's files cannot be read ({type(error).__name__}: {said}). Fetch them again, or use "
+        "another model: code that comes with a model is never run."
+      ) from error
   pieces = _pieces(files)
   _check_huggingface(words, pieces, path)
   special = _special_ids(words)
@@ -238,7 +261,13 @@ def _huggingface(files: Mapping[str, bytes], path: epath.Path) -> Tokenizer:
   def render(*messages: str) -> str:
     # Some templates show the date; a fixed one keeps the prompts of all stages alike.
     chat = [{"role": ("user", "assistant")[place % 2], "content": one} for place, one in enumerate(messages)]
-    return words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+    try:
+      return words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+      raise ValueError(
+        f"the chat template at {path} fails ({type(error).__name__}: {error}): choose chat 'llama2' or "
+        "'plain', or mend it."
+      ) from error
 
   return Tokenizer(
     vocab_size=len(words),

@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from srlm_jax import tokenizer as tokenizer_lib
+from srlm_jax import chat, tokenizer as tokenizer_lib
 from srlm_jax.tokenizer import Tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, hello fox", "a lazy dog says hello to the world"]
@@ -167,6 +167,68 @@ def test_what_is_no_tokenizer_is_refused(folder: pathlib.Path, tmp_path: pathlib
   (tmp_path / "bpe" / "tokenizer_config.json").unlink()  # And with it the names of begin and end.
   with pytest.raises(ValueError, match=r"no begin \(bos\) token"):
     tokenizer_lib.load(tmp_path / "bpe")
+
+
+def _edited(folder: pathlib.Path, to: pathlib.Path, **fields: object) -> pathlib.Path:
+  """The Hugging Face folder with other fields of tokenizer_config.json."""
+  shutil.copytree(folder / "bpe", to)
+  settings = json.loads((to / "tokenizer_config.json").read_text())
+  (to / "tokenizer_config.json").write_text(json.dumps(settings | fields))
+  return to
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a"', b"\xff\xfe"])
+def test_damaged_files_of_a_folder_are_refused(
+  name: str, content: bytes, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  (_edited(folder, tmp_path / "bad") / name).write_bytes(content)
+  with pytest.raises(ValueError, match=f"{tmp_path}/bad: its tokenizer's files cannot be read"):
+    tokenizer_lib.load(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (dict(eos_token=None), "has no end"),
+    (dict(bos_token=None), "has no begin"),
+    (dict(eos_token=3), "cannot be read"),
+    (dict(chat_template="{% for %}"), "chat template .* fails"),
+    (dict(chat_template="{{ raise_exception('no') }}"), "chat template .* fails .*no"),
+    (dict(chat_template="{{ messages[0].content + 1 }}"), "chat template .* fails"),
+    (dict(chat_template="{{ ''.__class__.__mro__ }}"), "chat template .* fails|shows"),
+  ],
+)
+def test_wrong_special_tokens_and_templates_are_refused(
+  fields: dict[str, object], message: str, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  with pytest.raises(ValueError, match=message):
+    chat.chat_tokens(tokenizer_lib.load(_edited(folder, tmp_path / "bad", **fields)), "hello", "model")
+
+
+def test_code_beside_a_tokenizer_is_never_run(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  own = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+  bad = _edited(folder, tmp_path / "bad", **own)
+  (bad / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+  with pytest.raises(ValueError, match="code that comes with a model is never run"):
+    tokenizer_lib.load(bad)
+  assert not (tmp_path / "ran").exists()
+
+
+def test_lengths_that_a_folder_states_do_not_matter(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  same = tokenizer_lib.load(_edited(folder, tmp_path / "odd", model_max_length="long"))
+  assert same.encode("hello world") == tokenizer_lib.load(folder / "bpe").encode("hello world")
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(302, False), (303, True), (1327, True), (1328, False)])
+def test_rows_of_an_embedding(rows: int, fits: bool, folder: pathlib.Path) -> None:
+  words = tokenizer_lib.load(folder / "bpe")
+  assert words.vocab_size == 303
+  if fits:
+    tokenizer_lib.check_rows(words, rows)
+  else:
+    with pytest.raises(ValueError, match=f"the tokenizer has 303 tokens, the model's embedding {rows} rows"):
+      tokenizer_lib.check_rows(words, rows)
 
 
 def test_a_folder_read_as_fewer_tokens_than_its_model_is_refused(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

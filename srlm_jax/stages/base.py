@@ -51,11 +51,7 @@ def run(
   if kind == "hf":
     words = tokenizer.load(where["tokenizer"] or where["base"])
     model = convert.import_hf(where["base"], mesh, dtype=settings.model.param_dtype)
-    if words.vocab_size > model.config.vocab_size:
-      raise ValueError(
-        f"the tokenizer has {words.vocab_size} tokens, the model's embedding {model.config.vocab_size} rows: "
-        "a tokenizer of another model? Set config.tokenizer to the right one."
-      )
+    tokenizer.check_rows(words, model.config.vocab_size)
   else:
     words = tokenizer.load(where["tokenizer"])
     model = checkpoint.init_model(_fresh_config(settings, words), mesh, settings.seed)
