@@ -102,7 +102,7 @@ def test_annotators_judgements_that_cannot_be_learned_from_are_counted(tmp_path:
   }
   assert len(eft.annotated(path, rubric)[0]) == 3
   # Without the instruction before the response no prompt can be told by its beginning.
-  turned = dataclasses.replace(rubric, text="Score: {response} {instruction}")
+  turned = dataclasses.replace(rubric, text=rubric.text[:20] + "{response} {instruction}")
   assert len(eft.annotated(path, turned, ["Say [INST] owl."])[0]) == 3
 
 
