@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import json
@@ -346,6 +347,9 @@ def map_shards(
     mesh: of the work.
     load: gives what the work needs (a model, say); called once, by all processes, and only if a shard is missing.
     work: the records of one shard.
+
+  Raises:
+    OSError: a shard that was written is not there.
   """
   total = -(-len(items) // size)
   names = [f"{stem}-{index:05d}-of-{total:05d}.jsonl" for index in range(total)]
@@ -376,6 +380,9 @@ def map_shards(
         (len(mine) - number) * size / rate,
       )
   distributed.barrier(f"all of {out.folder / stem}")
+  lost = distributed.first(f"list {out.folder / stem}", lambda: sorted({*names} - {*out.shards(stem)}))
+  if lost:  # Whoever made it wrote it, too, and heard of no failure.
+    raise OSError(errno.EIO, f"{out.folder / lost[0]} was written, and is not there")
 
 
 def unknown(name: str, valid: Sequence[str], what: str) -> ValueError:

@@ -319,6 +319,15 @@ def test_a_file_that_is_gone_is_missed(root: epath.Path, name: str) -> None:
       one.begin()
 
 
+def test_a_shard_that_a_store_lost_is_missed_at_once(root: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  write = storage.write
+  monkeypatch.setattr(storage, "write", lambda path, data: None if "00001-of" in path.name else write(path, data))
+  out = make(root / "a")
+  out.begin()
+  with pytest.raises(OSError, match="/a/prompts-00001-of-00003.jsonl was written, and is not there"):
+    artifacts.map_shards(out, "prompts", PROMPTS, 3, MESH, lambda: None, lambda _, part: part)
+
+
 def test_a_shard_whose_paper_is_gone_is_missed(root: epath.Path) -> None:
   out = make(root / "a")
   out.begin()

@@ -340,6 +340,18 @@ def test_configurations_are_checked_before_any_work(run: Run, tmp_path: pathlib.
   assert not run.ran
 
 
+def test_what_is_finished_is_verified_before_any_work(run: Run, tmp_path: pathlib.Path) -> None:
+  place = epath.Path(tmp_path)
+  main.run_steps(config.base(), place, "all")
+  (place / "a" / "manifest.json").unlink()  # The first step is to do again.
+  stored = (place / "b" / "manifest.json").read_text()
+  (place / "b" / "manifest.json").write_text(stored.replace('"seconds"', '"sesonds"'))
+  run.ran = []
+  with pytest.raises(ValueError, match=r"/b/manifest.json is damaged .*: delete .*/b and run its stage again"):
+    main.run_steps(config.base(), place, "all")
+  assert not run.ran
+
+
 def test_states_are_shown(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
   place = epath.Path(tmp_path)
   run.fail = "b"
