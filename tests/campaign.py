@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
+STEP = re.compile(r"\[\d+/\d+\] (\S+): (stage|finished in) ")  # What the program says of its steps.
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 # The smoke variant with every stage in it, candidates and refusals, too, and so little of each that a run is seconds.
@@ -100,10 +101,8 @@ class _Watch:
 
   def filter(self, record: logging.LogRecord) -> bool:
     """Reads the program's messages about its steps."""
-    if isinstance(record.msg, str) and record.msg.startswith("[%d/%d] %s: stage "):
-      self.enter(str(record.args[2]))
-    elif isinstance(record.msg, str) and record.msg.startswith("[%d/%d] %s: finished in "):
-      self.leave(str(record.args[2]))
+    if found := STEP.match(record.getMessage()):
+      (self.enter if found[2] == "stage" else self.leave)(found[1])
     return True
 
   def enter(self, step: str) -> None:

@@ -122,6 +122,8 @@ def side_by_side(work: Callable[..., None], items: Sequence[tuple]) -> None:
 
 def ended(whole: Whole, workdir: pathlib.Path, step: str) -> tuple[bool, campaign.Attempt]:
   """Goes on, without disturbance, to the end of a step; whether it made what the undisturbed run made."""
+  if step != "report" and (workdir / step / "manifest.json").exists():  # What stopped the run came late.
+    return made_the_same(whole, workdir, step), campaign.Attempt(0, "", None, {})
   attempt = whole.launcher.run(workdir, moment=None if step == "report" else Moment(step, ended=True))
   reached = attempt.code == 0 or attempt.fired is not None
   return reached and made_the_same(whole, workdir, step), attempt
