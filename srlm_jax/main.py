@@ -8,6 +8,7 @@ benchmark from outside has two words.
   srlm evaluate mt-bench --config=configs/tiny.py --workdir=runs/tiny --model=m2 --prompts=question.jsonl
 """
 
+import ast
 from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
@@ -473,7 +474,10 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     if any(re.match("--?debug", argument) for argument in argv):
       raise
-    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    text = str(error.args[0] if error.args else error)
+    if text.startswith("'\\'"):  # Of a key inside a section: the message of another KeyError, quoted.
+      text = str(ast.literal_eval(text))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = " ".join(lines)
     if "Traceback (most recent call last):" in lines:  # A configuration that raises: its error is in the last line.
       told = lines[-1].partition(": ")[2]

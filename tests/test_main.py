@@ -74,6 +74,8 @@ WRONG_FLAGS = {
   "--config=configs/nowhere.py": "srlm: --config: [Errno 2] No such file or directory: 'configs/nowhere.py'",
   "--config=configs/tiny.py:smoker": "srlm: configs/tiny.py:smoker: the variants are none and 'smoke'.",
   "--config.dpoo.beta=1": """srlm: 'dpoo' Did you mean "dpo" instead of "dpoo"?""",
+  "--config.dpo.betta=1": """srlm: 'betta' Did you mean "beta" instead of "betta"?""",
+  "--config.judge.votes=2.5": "srlm: flag --config.judge.votes=2.5: invalid literal for int() with base 10: '2.5'",
   "--config.dpo.beta=x": "srlm: flag --config.dpo.beta=x: could not convert string to float: 'x'",
   "--wrokdir=w": "srlm: Unknown command line flag 'wrokdir'. Did you mean: workdir ?",
 }
