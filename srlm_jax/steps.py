@@ -25,6 +25,7 @@ from srlm_jax import (
   safety,
   service,
   templates,
+  tokenizer,
 )
 from srlm_jax.stages import (
   analyse,
@@ -140,6 +141,9 @@ def read_files(settings: config_dict.ConfigDict, workdir: epath.Path) -> dict[st
       if path.is_dir():
         raise ValueError(f"{key}={value}: this is a folder. Name the file in it.")
       found[key] = digests.file_sha256(path)
+  words = resolve(settings.tokenizer, workdir)
+  if words and not settings.tokenizer.startswith("world/") and words.exists():
+    found["tokenizer"] = tokenizer.digest_of(words)
   return found
 
 
@@ -305,12 +309,13 @@ class _Plan:
     return parent if name == "parent" else name
 
   def base_model(self, folder: str, settings: config_dict.ConfigDict) -> None:
-    tokenizer, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)
+    words, path = resolve(settings.tokenizer, self.workdir), resolve(settings.base.path, self.workdir)
     run = functools.partial(
-      self.call(base.run, settings), where={"tokenizer": tokenizer, "base": path, "pretrain": self.where["pretrain"]}
+      self.call(base.run, settings), where={"tokenizer": words, "base": path, "pretrain": self.where["pretrain"]}
     )
     keys = ("base", "tokenizer", "chat", "model", "pretrain")
-    read = {"data.pretrain (SHA-256)": self.read["data.pretrain"]} if "data.pretrain" in self.read else {}
+    files = ("data.pretrain", *(["tokenizer"] if words else []))
+    read = {f"{key} (SHA-256)": self.read[key] for key in files if key in self.read}
     self.steps.append(Step(folder, "base", subset(settings, keys) | read, dict(self.world), run))
 
   def seed_models(self) -> None:

@@ -89,8 +89,7 @@ class Tokenizer:
   @functools.cached_property
   def digest(self) -> str:
     """sha256 (hexadecimal) over names and contents of all files: equal digests mean equal ids."""
-    parts = [f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(self.files.items())]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return _digest(self.files)
 
   def encode(self, text: str) -> list[int]:
     """The ids of untrusted text: no special ids, none put before or after it."""
@@ -164,19 +163,36 @@ def load(path: epath.PathLike) -> Tokenizer:
     ValueError: there is no tokenizer at the path, or it cannot be used here.
   """
   path = epath.Path(path)
+  files = _files(path)
+  if not files.keys().isdisjoint(HUGGINGFACE_FILES[:2]):
+    return _huggingface(files, path)
+  return dataclasses.replace(_sentencepiece(files[SENTENCEPIECE_FILE], path), files=files)
+
+
+def digest_of(path: epath.PathLike) -> str:
+  """The digest that the tokenizer at a path has once it is loaded; ValueError where there is none."""
+  return _digest(_files(epath.Path(path)))
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+  parts = [f"{name} {hashlib.sha256(content).hexdigest()}\n" for name, content in sorted(files.items())]
+  return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _files(path: epath.Path) -> dict[str, bytes]:
+  """The files that a tokenizer at a path is made of; ValueError where there is none."""
   if path.is_file():
     if path.suffix != ".model":
       raise ValueError(
         f"{path} is no SentencePiece model (.model): name one, or the folder of a Hugging Face tokenizer."
       )
-    return _sentencepiece(path.read_bytes(), path)
+    return {SENTENCEPIECE_FILE: path.read_bytes()}
   files = {name: (path / name).read_bytes() for name in HUGGINGFACE_FILES if (path / name).exists()}
   if not files.keys().isdisjoint(HUGGINGFACE_FILES[:2]):
-    return _huggingface(files, path)
+    return files
   if SENTENCEPIECE_FILE not in files:
     raise ValueError(f"no tokenizer at {path}: neither {SENTENCEPIECE_FILE} nor {HUGGINGFACE_FILES[0]} is there.")
-  carried = {name: files[name] for name in (SENTENCEPIECE_FILE, "generation_config.json") if name in files}
-  return dataclasses.replace(_sentencepiece(files[SENTENCEPIECE_FILE], path), files=carried)
+  return {name: files[name] for name in (SENTENCEPIECE_FILE, "generation_config.json") if name in files}
 
 
 def _check_ends(bos_id: int | None, eos_id: int | None, path: epath.Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from test_convert import change, rewrite
 import tiny_model
 
-from srlm_jax import checks, config, convert, mesh as mesh_lib, steps
+from srlm_jax import checks, config, convert, main, mesh as mesh_lib, steps
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,29 @@ def test_a_run_is_refused_before_its_first_stage(model: pathlib.Path, tmp_path: 
   with pytest.raises(ValueError, match=r"config\.evaluate\.judge=.*: model_type is 'mistral'|config\.json: model_type"):
     steps.check_start(c, epath.Path(tmp_path / "w"), tiny_model.one_device(), todo)
   assert not (tmp_path / "w").exists()
+
+
+def test_another_tokenizer_at_the_same_path_is_another_run(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  """What a stopped run has encoded is not read with other ids."""
+  place, mesh = epath.Path(tmp_path / "w"), tiny_model.one_device()
+  c = config.base()
+  c.update_from_flattened_dict({"base.kind": "random", "base.size": "smoke", "tokenizer": str(model)})
+  first = steps.artifacts_of(steps.plan(c, place, mesh), place)["m0"]
+  first.check_config()
+  first.begin()
+  steps.artifacts_of(steps.plan(c, place, mesh), place)["m0"].check_config()
+  tiny_model.words(336).save(epath.Path(model))
+  with pytest.raises(ValueError, match=r"(?s)m0 was made with another configuration.*tokenizer \(SHA-256\): "):
+    steps.artifacts_of(steps.plan(c, place, mesh), place)["m0"].check_config()
+
+
+def test_another_runs_folder_is_refused_and_not_touched(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  place, mesh = epath.Path(tmp_path / "w"), tiny_model.one_device()
+  c = config.base()
+  c.update_from_flattened_dict({"base.kind": "random", "base.size": "smoke", "tokenizer": str(model)})
+  steps.artifacts_of(steps.plan(c, place, mesh), place)["m0"].begin()
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")}
+  c.seed = 1
+  with pytest.raises(ValueError, match=r"(?s)m0 was made with another configuration.*seed: 0 there, 1 here"):
+    main.run_steps(c, place, "all")
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*")} == before

@@ -17,7 +17,7 @@
 | training uses one chat template and generation another | test_training_and_generation_use_one_chat_template, test_another_chat_template_is_another_artifact |
 | the reference stays at SFT for ever, or the lineage is nowhere to be read | test_the_reference_moves_with_the_models, test_lineage.py::test_lineage_text_is_a_tree_of_models |
 | evaluation consumes the training iterator | test_dataset.py::test_a_step_is_the_same_after_reopening |
-| an exception is logged and the loop goes on | test_main.py::test_a_run_stops_where_it_breaks_and_goes_on_from_there, test_train_loop.py::test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved |
+| an exception is logged and the loop goes on | test_main.py::test_a_run_stops_where_it_breaks_and_goes_on_from_there, test_train_loop.py::test_too_many_in_a_row_end_the_run_with_their_batches_and_a_good_state |
 """  # noqa: E501 (a row of a table)
 
 from collections.abc import Mapping
