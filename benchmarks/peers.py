@@ -48,7 +48,7 @@ def transformers(model: Any, work: Work, rows: int) -> float:
     """The end token at each row's length, and not before."""
 
     def __init__(self, lengths: np.ndarray, start: int) -> None:
-      self.lengths, self.start = torch.as_tensor(lengths), start
+      self.lengths, self.start = torch.as_tensor(lengths, device=model.device), start
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
       ended = input_ids.shape[1] - self.start >= self.lengths - 1
@@ -68,8 +68,8 @@ def transformers(model: Any, work: Work, rows: int) -> float:
     lengths = work.lengths[batch].reshape(-1)
     with torch.inference_mode():
       out = model.generate(
-        input_ids=ids,
-        attention_mask=(ids != PAD).long(),
+        input_ids=ids.to(model.device),
+        attention_mask=(ids != PAD).long().to(model.device),
         do_sample=True,
         top_k=0,
         num_return_sequences=samples,
@@ -79,7 +79,7 @@ def transformers(model: Any, work: Work, rows: int) -> float:
         logits_processor=LogitsProcessorList([Ends(lengths, width)]),
         **HOW,
       )
-    drawn += int((out[:, width:] != PAD).sum())
+    drawn += int((out[:, width:] != PAD).sum())  # Waits for the device.
   took = time.perf_counter() - began
   assert drawn <= work.lengths.sum() and drawn > 0.99 * work.lengths.sum()  # Token 0 may be drawn as a word.
   return took

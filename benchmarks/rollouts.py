@@ -11,7 +11,8 @@ has more of them, without peers. Each continuation has a length of its own, the 
 are told to. Peers: transformers' generate, in batches of as many rows as ours has slots or of four times as many,
 whichever is faster on one batch; and llama.cpp by its low-level calls, with continuous batching.
 
-On an accelerator, --model=1b or 7b (random weights, bfloat16) measures ours alone, as shares of what the chip can do.
+On an accelerator everything is bfloat16, transformers runs there, too (give both XLA_PYTHON_CLIENT_MEM_FRACTION=0.6), and
+--peers= --model=1b or 7b measures ours alone, as shares of what the chip can do. --peers= needs no torch.
 Prints a table, and a line of JSON.
 """
 
@@ -123,6 +124,8 @@ def models(folder: str, wanted: list[str]) -> tuple[llama.Llama, Any]:
   torch.manual_seed(0)
   shape = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=2048, **SHAPES[_MODEL.value])
   theirs = transformers.LlamaForCausalLM(shape).eval()
+  if jax.default_backend() != "cpu":
+    theirs = theirs.to("cuda", torch.bfloat16)
   theirs.save_pretrained(folder)
   model = convert.import_hf(folder, jax.sharding.get_mesh())
   model.config = model.layers.config = dataclasses.replace(model.config, attention=kind)
@@ -218,8 +221,7 @@ def sharing(model: llama.Llama) -> dict[str, Any]:
 def main(_: list[str]) -> None:
   """Measures, and prints."""
   devices = mesh.make_mesh(data=-1, fsdp=1)
-  alone = _WORKLOAD.value == "sharing" or _MODEL.value in ("1b", "7b")
-  wanted = [] if alone else _PEERS.value
+  wanted = [] if _WORKLOAD.value == "sharing" else _PEERS.value
   with jax.set_mesh(devices), tempfile.TemporaryDirectory() as folder:
     model, theirs = models(folder, wanted)
     found = sharing(model) if _WORKLOAD.value == "sharing" else compare(wanted, model, theirs, folder)
