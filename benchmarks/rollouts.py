@@ -11,8 +11,8 @@ has more of them, without peers. Each continuation has a length of its own, the 
 are told to. Peers: transformers' generate, in batches of as many rows as ours has slots or of four times as many,
 whichever is faster on one batch; and llama.cpp by its low-level calls, with continuous batching.
 
-On an accelerator everything is bfloat16, transformers runs there, too (give both XLA_PYTHON_CLIENT_MEM_FRACTION=0.6), and
---peers= --model=1b or 7b measures ours alone, as shares of what the chip can do. --peers= needs no torch.
+On an accelerator everything is bfloat16, and transformers runs there, too: XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 leaves it
+room. --peers= measures ours alone, as shares of what the chip can do, and needs no torch.
 Prints a table, and a line of JSON.
 """
 
@@ -33,7 +33,7 @@ import machine
 import numpy as np
 import peers
 
-from srlm_jax import attention, convert, generator, llama, mesh, sampling, templates, tokenizer
+from srlm_jax import attention, convert, generator, llama, mesh, sampling, templates, tokenizer, xla_flags
 
 _MODEL = flags.DEFINE_enum("model", "15m", ["15m", "110m", "1b", "7b"], "Shape of the random Llama.")
 _WORKLOAD = flags.DEFINE_enum("workload", "answers", ["answers", "judging", "sharing"], "What is generated.")
@@ -220,6 +220,7 @@ def sharing(model: llama.Llama) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
   """Measures, and prints."""
+  xla_flags.prepare(os.environ)
   devices = mesh.make_mesh(data=-1, fsdp=1)
   wanted = [] if _WORKLOAD.value == "sharing" else _PEERS.value
   with jax.set_mesh(devices), tempfile.TemporaryDirectory() as folder:

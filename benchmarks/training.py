@@ -32,7 +32,19 @@ import jax
 import machine
 import numpy as np
 
-from srlm_jax import attention, batching, convert, dataset, llama, mesh, pairset, records, train_loop, train_step
+from srlm_jax import (
+  attention,
+  batching,
+  convert,
+  dataset,
+  llama,
+  mesh,
+  pairset,
+  records,
+  train_loop,
+  train_step,
+  xla_flags,
+)
 
 _METHOD = flags.DEFINE_enum("method", "sft", ["sft", "dpo"], "What is trained.")
 _MODEL = flags.DEFINE_enum("model", "110m", ["tiny", "15m", "110m", "1b", "7b"], "Shape of the random Llama.")
@@ -312,11 +324,11 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
   rows = [pairset.pair_row(pair, length) for pair in pairs]
   devices = mesh.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(devices):
-    model, times = start(checkpoint, devices), []
-    for part in (rows[:size], rows):  # The difference is without compilation.
-      began = time.perf_counter()
-      reference = pairset.reference_logprobs(model, part, size, CHUNK, devices)
-      times.append(time.perf_counter() - began)
+    model = start(checkpoint, devices)
+    pairset.reference_logprobs(model, rows[:size], size, CHUNK, devices)  # Compiles.
+    began = time.perf_counter()
+    reference = pairset.reference_logprobs(model, rows, size, CHUNK, devices)
+    took = time.perf_counter() - began
   pairset.write(folder / "pairs", rows, reference)
   source, shared = (pairset.Batches(folder / "pairs", size, 0, where) for where in (None, devices))
   ordered = [batching.examples_of(source[step]) for step in range(steps)]
@@ -334,7 +346,7 @@ def dpo_lines(checkpoint: str, folder: epath.Path, steps: int, size: int) -> tup
     "TRL": Line(lambda line: both(line, folder=folder / "theirs")),
     "TRL precomputed": Line(lambda line: both(line, folder=folder / "computed", precompute_ref_log_probs=True)),
   }
-  lines["ours"].reference = (times[1] - times[0]) * steps / (steps - 1)
+  lines["ours"].reference = took
   return lines, [one for step in ordered for one in step]
 
 
@@ -403,6 +415,7 @@ def compared(lines: Mapping[str, Line], count: int) -> dict[str, Any]:
 
 def main(_: list[str]) -> None:
   """Runs all lines in turn, after some steps of each to warm up."""
+  xla_flags.prepare(os.environ)
   os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
   alone = _MODEL.value in ALONE
   size = _BATCH.value or (8 if _METHOD.value == "sft" else 4)

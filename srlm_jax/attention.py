@@ -1,4 +1,4 @@
-"""Attention behind one adapter: plain XLA (the reference, anywhere), in blocks on CPU, splash on TPU, cuDNN on GPU.
+"""Attention behind one adapter: plain XLA (the reference, anywhere), in blocks on CPU, splash on TPU, cuDNN on NVIDIA.
 
 Shapes: B batch, T queries, S keys, P keys before them, K kv heads, G query heads per kv head, H head dim.
 """
@@ -25,7 +25,7 @@ VALUES: mesh.Axes = ("batch", "kv_heads", "length", "head_dim")
 
 def best_for(platform: str) -> str:
   """The kind for a platform as `jax.Device.platform` names it."""
-  return {"tpu": "splash", "cpu": "blocked"}.get(platform, "xla")  # "cudnn" has run on no GPU of ours yet.
+  return {"tpu": "splash", "cpu": "blocked", "gpu": "cudnn"}.get(platform, "xla")
 
 
 def causal(
@@ -51,8 +51,8 @@ def causal(
     return splash(q_BTKGH, k_BKHS, v_BKSH, segments_BT, segments_BS)
   mask_BTS = (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BS[:, None, :] > 0)
   mask_BTS &= places - length + jnp.arange(length)[:, None] >= jnp.arange(places)[None, :]
-  if kind == "cudnn" and q_BTKGH.dtype in (jnp.bfloat16, jnp.float16) and not head_dim % 8:
-    return _cudnn(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
+  if kind == "cudnn" and cudnn_takes(q_BTKGH, places):
+    return cudnn(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
   if kind == "blocked" and length >= 2 * QUERY_BLOCK and mesh.devices() == 1:
     return blocked(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
   return xla(q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
@@ -156,12 +156,31 @@ def cached(
   return jax.lax.map(block, jnp.arange(0, batch, rows)).reshape(q_B1KGH.shape)
 
 
-def _cudnn(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-  batch, length, kv_heads, groups, head_dim = q_BTKGH.shape
-  q = q_BTKGH.reshape(batch, length, kv_heads * groups, head_dim)
-  k, v = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
-  mixed = jax.nn.dot_product_attention(q, k, v, mask=mask_BTS[:, None], implementation="cudnn")
-  return mixed.reshape(q_BTKGH.shape)
+def cudnn_takes(q_BTKGH: jax.Array, places: int) -> bool:
+  """Whether cuDNN's flash attention takes these shapes, gradients too: half precision, even lengths."""
+  _, length, _, _, head_dim = q_BTKGH.shape
+  half = q_BTKGH.dtype in (jnp.bfloat16, jnp.float16)
+  return half and not head_dim % 8 and head_dim <= 128 and not length % 2 and not places % 2
+
+
+def cudnn(q_BTKGH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+  """cuDNN's flash attention [B, T, K, G, H]: [T, S] weights never exist, but for the mask.
+
+  What lies behind the diagonal is not computed, unless there are P tokens before: cuDNN's own causal mask begins where
+  keys and queries do.
+  """
+
+  def one_device(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    batch, length, kv_heads, groups, head_dim = q.shape
+    heads = q.reshape(batch, length, kv_heads * groups, head_dim)
+    k_BSKH, v_BSKH, causal = k.transpose(0, 3, 1, 2), v.transpose(0, 2, 1, 3), length == k.shape[-1]
+    mixed = jax.nn.dot_product_attention(
+      heads, k_BSKH, v_BSKH, mask=mask[:, None], is_causal=causal, implementation="cudnn"
+    )
+    return mixed.reshape(q.shape)
+
+  arrays = (q_BTKGH, k_BKHS, v_BKSH, mask_BTS)
+  return mesh.each_device(one_device, arrays, (QUERIES, KEYS, VALUES, ("batch", "length", "length")), QUERIES)
 
 
 def splash(

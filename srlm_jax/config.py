@@ -32,7 +32,7 @@ def base() -> config_dict.ConfigDict:
     remat="full",
     max_length=2048,  # unstated; Llama 2's own limit is 4,096.
     logits_chunk=512,  # Sequence positions whose logits exist at once.
-    attention="auto",  # "splash" on TPU, "blocked" on CPU, else "xla"; "cudnn", for GPUs, by name alone: untried.
+    attention="auto",  # "splash" on TPU, "cudnn" on NVIDIA GPUs, "blocked" on CPU; "xla" anywhere.
   )
   c.topology = ""  # The TPU slice that this configuration is for, such as "v5p:4x4x4"; `srlm plan` compiles for it.
   c.mesh = dict(slice=1, data=1, fsdp=-1, tensor=1)  # -1: all devices that are left; slice: TPU slices, of several.

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import re
 import secrets
@@ -53,6 +54,7 @@ from srlm_jax import (
   storage,
   tables,
   workdir as workdir_lib,
+  xla_flags,
 )
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
@@ -490,6 +492,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 def run() -> None:
   """Console entry point."""
+  xla_flags.prepare(os.environ)
   sys.modules["__main__"].__doc__ = usage()  # What absl shows for --help and beside a usage error.
   app.run(main, flags_parser=_parse)
 

@@ -118,5 +118,38 @@ def test_a_shape_that_the_kernel_does_not_take_goes_to_xla(inputs: tuple[jax.Arr
   np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("before", [0, 64])
+def test_cudnn_is_asked_for_the_same_attention(
+  before: int, inputs: tuple[jax.Array, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """JAX's own implementation answers in its place: cuDNN needs a GPU."""
+  asked, answer = [], jax.nn.dot_product_attention
+
+  def stand_in(*args, implementation: str, **how):
+    asked.append((implementation, how["is_causal"]))
+    return answer(*args, **how)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+  q, k, v, segments = inputs
+  low = [array.astype(jnp.bfloat16) for array in (q[:, before:], k, v)]
+  earlier = segments[:, :before] if before else None
+
+  def loss(kind):
+    def summed(*qkv):
+      mixed = real(attention.causal(kind, *qkv, segments[:, before:], earlier), segments[:, before:])
+      return jnp.sum(mixed.astype(jnp.float32) ** 2), mixed
+
+    return jax.jit(jax.value_and_grad(summed, (0, 1, 2), has_aux=True))
+
+  with jax.set_mesh(tiny_model.one_device()):
+    ((_, found), grads), ((_, wanted), expected) = (loss(kind)(*low) for kind in ("cudnn", "xla"))
+  assert asked == [("cudnn", not before)]
+  for one, other in ((found, wanted), *zip(grads, expected, strict=True)):
+    one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+    assert jnp.linalg.norm(one - other) < 0.01 * jnp.linalg.norm(other)
+  for cut in (low[0].astype(jnp.float32), low[0][:, 1:]):  # float32; an odd length.
+    assert not attention.cudnn_takes(cut, k.shape[-1])
+
+
 def test_the_best_kind_of_a_platform() -> None:
-  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "xla", "blocked"]
+  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "blocked"]

@@ -17,7 +17,7 @@ LAYERS = {
     "lines records templates filters metrics oasst oasst_split eft pairing canaries repetition world world_judges "
     "world_files classes strata tsne agreement paper tables human_eval selection monitors plots pages config"
   ),
-  "arrays": "endings interruption distributed compiled mesh tokenizer chat batching dataset",
+  "arrays": "xla_flags endings interruption distributed compiled mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama hf_files convert",
   "pure": "logprobs losses train_step sampling",
   "host": (

@@ -29,20 +29,22 @@ def run(engine, requests):
   return {request.name: completions for request, completions in engine.generate(requests)}
 
 
+@pytest.mark.parametrize("digit", [1, 3, 5])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
-def test_nucleus_equals_sorting(top_p):
+def test_nucleus_equals_sorting(top_p, digit):
   logits = np.random.default_rng(0).normal(0, 3, (16, 200)).astype(np.float32)
   probs = np.asarray(jax.nn.softmax(logits, axis=-1))
-  kept = np.asarray(sampling.nucleus(jnp.asarray(probs), top_p)) > 0
+  kept = np.asarray(sampling.nucleus(jnp.asarray(probs), top_p, digit)) > 0
   for row in range(16):
     order = np.argsort(-probs[row])
     size = int(np.searchsorted(np.cumsum(probs[row][order]), top_p)) + 1
     assert set(np.flatnonzero(kept[row])) == set(order[:size])
 
 
-def test_nucleus_keeps_a_certain_token_and_ties():
+@pytest.mark.parametrize("digit", [1, 3, 5])
+def test_nucleus_keeps_a_certain_token_and_ties(digit):
   probs = jax.nn.softmax(jnp.array([[90.0, 0.0, 0.0], [1.0, 1.0, -50.0]]), axis=-1)
-  kept = np.asarray(sampling.nucleus(probs, 0.5))
+  kept = np.asarray(sampling.nucleus(probs, 0.5, digit))
   np.testing.assert_array_equal(kept > 0, [[True, False, False], [True, True, False]])
   np.testing.assert_array_equal(kept[kept > 0], probs[kept > 0])
 
