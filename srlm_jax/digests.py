@@ -23,10 +23,10 @@ def _seal(content: Mapping[str, Any]) -> str:
   return sha256(json.dumps(content, sort_keys=True).encode())
 
 
-def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
-  """The JSON text of `content` with its own digest as "seal"."""
+def sealed(content: Mapping[str, Any], indent: int | None = None, by_name: bool = True) -> str:
+  """The JSON text of `content` with its own digest as "seal"; its keys in order, or as they are."""
   plain = json.loads(json.dumps(content))  # As it will be read: keys are text, tuples are lists.
-  return json.dumps({**plain, "seal": _seal(plain)}, indent=indent, sort_keys=True)
+  return json.dumps({**plain, "seal": _seal(plain)}, indent=indent, sort_keys=by_name)
 
 
 def parsed(text: str | bytes) -> Any:

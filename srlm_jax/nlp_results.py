@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 import pydantic
 
-from srlm_jax import artifacts, distributed, lineage, paper, storage, tables
+from srlm_jax import artifacts, digests, distributed, lineage, paper, storage, tables
 from srlm_jax.tables import Cell, Table
 
 TITLES = {
@@ -98,11 +98,13 @@ def _read(model: artifacts.Artifact) -> Results | None:
   if not place.exists():
     return None
   try:
-    return Results.model_validate_json(place.read_bytes())
+    return Results.model_validate(digests.unseal(place.read_bytes()))
   except pydantic.ValidationError as error:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "all of it"
     raise ValueError(f"{place} cannot be used ({where}: {first['msg']}): delete it and run its tasks again.") from None
+  except ValueError as error:
+    raise ValueError(f"{place} is damaged ({error}): delete it and run its tasks again.") from error
 
 
 def read(model: artifacts.Artifact) -> Results:
@@ -121,7 +123,7 @@ def write(model: artifacts.Artifact, results: Results) -> None:
 
   def work() -> None:
     path(model).parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path(model), results.model_dump_json(indent=1) + "\n")
+    storage.write(path(model), digests.sealed(results.model_dump(mode="json"), indent=1, by_name=False) + "\n")
 
   distributed.first(f"write {path(model)}", work)
 

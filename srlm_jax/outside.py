@@ -6,7 +6,6 @@ they are of, and MODEL/ what they were made from.
 
 from collections.abc import Collection, Iterator, Mapping
 import dataclasses
-import json
 from typing import Any
 
 from etils import epath
@@ -87,7 +86,7 @@ def save(run: Run, benchmark: str, facts: Facts) -> epath.Path:
 
   def write() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, json.dumps(whole, indent=1, ensure_ascii=False))
+    storage.write(path, digests.sealed(whole, indent=1, by_name=False))
 
   distributed.first(f"write {path}", write)
   return path
@@ -102,8 +101,8 @@ def load(finished: Mapping[str, artifacts.Artifact], benchmark: str) -> tuple[di
     if "/" in name or not path.exists():
       continue
     try:
-      facts = json.loads(path.read_text())
-    except ValueError as error:  # Neither JSON nor UTF-8.
+      facts = digests.unseal(path.read_bytes())
+    except ValueError as error:
       raise ValueError(f"{path} is damaged ({error}): delete it, and run the benchmark again.") from error
     if facts["digest"] == artifact.digest():
       found[name] = facts

@@ -20,6 +20,8 @@ from absl import flags
 from etils import epath
 from fuzz_draw import Draw
 from ml_collections import config_dict, config_flags
+import numpy as np
+import safetensors.numpy
 from skeleton import Skeleton
 import test_report
 import test_tokenizer
@@ -32,6 +34,7 @@ from srlm_jax import (
   config,
   endpoint,
   generator,
+  hf_files,
   human_eval,
   journal,
   oasst,
@@ -341,6 +344,51 @@ def human_votes(draw: Draw) -> None:
     assert found["voted"] <= len(key.items) and tables.markdown(human_eval.annotators_table(found, "a"))
 
 
+CONFIG = json.dumps(
+  {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 8,
+    "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+    "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 64,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192},
+  }, indent=1,
+).encode()  # fmt: skip
+WEIGHTS = safetensors.numpy.save({"a.weight": np.ones((2, 3), np.float32), "b": np.zeros(2, np.float16)})
+INDEX = json.dumps({"metadata": {}, "weight_map": {"a.weight": "model-1.safetensors", "b": "model-1.safetensors"}})
+
+
+def _model_folder(**files: bytes) -> epath.Path:
+  folder = _folder() / "model"
+  folder.mkdir(exist_ok=True)
+  for path in folder.iterdir():
+    path.unlink()
+  for name, data in files.items():
+    (folder / name.replace("__", ".").replace("_1", "-1")).write_bytes(data)
+  return folder
+
+
+def model_config(draw: Draw) -> None:
+  """config.json of a Hugging Face folder makes a shape that can be computed with, or is refused by its name."""
+  folder = _model_folder(config__json=draw.edited([CONFIG]))
+  found = draw.read(lambda: hf_files.read_config(folder), folder / "config.json")
+  if found:
+    sizes = (found.vocab_size, found.embed, found.ffw, found.layers, found.heads, found.kv_heads, found.head_dim)
+    assert all(type(size) is int and size > 0 for size in sizes) and found.heads % found.kv_heads == 0
+    assert found.norm_eps > 0 and math.isfinite(found.rope_theta) and found.rope_theta > 0
+
+
+def model_weights(draw: Draw) -> None:
+  """Headers of weights and their index name tensors that are there, or are refused by the folder's name."""
+  if draw.number(1):
+    files = {"model__safetensors": draw.edited([WEIGHTS])}
+  else:
+    index = draw.edited([INDEX.encode()])
+    files = {"model_1__safetensors": WEIGHTS, "model__safetensors__index__json": index}
+  folder = _model_folder(**files)
+  for name, one in (draw.read(lambda: hf_files.tensors(folder), folder) or {}).items():
+    assert name and one[tuple(slice(0, size) for size in one.shape)].shape == one.shape
+
+
 def _sealed(name: str) -> tuple[artifacts.Artifact, bytes]:
   """A finished artifact of one shard, and a file of it as it was written."""
   made = artifacts.Artifact(_folder() / "made", {"seed": 0}, {})
@@ -569,6 +617,16 @@ def cells(draw: Draw) -> None:
 
 TARGETS: tuple[Callable[[Draw], None], ...] = (
   *(score, verdicts, kinds_of_prompts, tasks, few_shot, filled, neutralised, tokens, turns),
-  *(record_lines, record_texts, user_prompts, annotators, trees, own_templates, human_votes),
+  *(
+    record_lines,
+    record_texts,
+    user_prompts,
+    annotators,
+    trees,
+    own_templates,
+    human_votes,
+    model_config,
+    model_weights,
+  ),
   *(artifact_files, metrics, overrides, endpoint_replies, kept_replies, server_replies, page, blind_page, cells),
 )

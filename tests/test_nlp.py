@@ -12,7 +12,19 @@ from ml_collections import config_dict
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, config, llama, mesh as mesh_lib, modelstore, nlp, nlp_results, paper, report, tables
+from srlm_jax import (
+  artifacts,
+  config,
+  digests,
+  llama,
+  mesh as mesh_lib,
+  modelstore,
+  nlp,
+  nlp_results,
+  paper,
+  report,
+  tables,
+)
 
 
 def how(**changes: Any) -> nlp_results.How:
@@ -76,7 +88,12 @@ def test_the_report_shows_the_models_own_results_alone(tmp_path: pathlib.Path) -
   assert table.columns[2:4] == ("M1", "Llama 2 70B") and rows(table)[0][2] == "62.5 ± 1.2"
   assert "older model's: M2." in table.note
   assert nlp_results.read(model).tasks["piqa"].metrics == PIQA and nlp_results.read(run.made["m2"]).tasks == {}
-  nlp_results.path(model).write_text('{"model": "m1", "digest": 3}')
+  written = nlp_results.path(model).read_text()
+  nlp_results.path(model).write_text(written.replace("0.625", "0.725", 1))
+  assert nlp_results.path(model).read_text() != written
+  with pytest.raises(ValueError, match=r"m1\.json is damaged \(its content does not fit its seal\): delete it"):
+    nlp_results.read(model)
+  nlp_results.path(model).write_text(digests.sealed({"model": "m1", "digest": 3}))
   with pytest.raises(ValueError, match=r"m1\.json cannot be used \(digest: .*delete it"):
     report.collect(run.made, config.base(), [], "run")
 

@@ -108,6 +108,10 @@ def test_figures_of_an_older_model_are_left_out_and_named(made: made_run.Run) ->
 def test_a_damaged_file_is_said(made: made_run.Run) -> None:
   path = outside.save(run_of(made, "m2"), "mt_bench", rated(6.5))
   assert json.loads(path.read_text())["digest"] == artifacts.Artifact.digest(made.made["m2"])
-  path.write_text("{")
+  for changed in ("{", path.read_text().replace("6.5", "9.5", 1)):
+    path.write_text(changed)
+    with pytest.raises(ValueError, match=r"m2\.json is damaged .*delete it, and run the benchmark again"):
+      list(outside.report_tables(made.made))
+  path.write_text("[" * 5000)
   with pytest.raises(ValueError, match=r"m2\.json is damaged .*delete it, and run the benchmark again"):
     list(outside.report_tables(made.made))
