@@ -167,6 +167,14 @@ def base() -> config_dict.ConfigDict:
     warn=_thresholds(),
   )
 
+  # Beyond which a training warns, while it runs and in the report; all of it ours. 1e9: never.
+  c.health = dict(
+    window=100,  # Steps before a step with which its loss is compared.
+    spike=8.0,  # Robust standard deviations above their median: the noise of batches hardly ever reaches 5.
+    margin=10.0,  # Of DPO's rewards: the loss is then 5e-5, and its gradient as small; the pairs have no more to teach.
+    drift=50.0,  # Nats by which both responses of a pair became less likely: with beta 0.1, a reward of -5 for each.
+  )
+
   # NLP benchmarks by lm-eval: `srlm evaluate lm-eval`. No step of a run reads this.
   c.nlp = dict(
     tasks=dict(  # Each with its shots: unstated; these are Llama 2's.

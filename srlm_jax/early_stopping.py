@@ -27,9 +27,11 @@ from ml_collections import config_dict
 
 from srlm_jax import (
   artifacts,
+  config as config_lib,
   distributed,
   endpoint,
   grading,
+  health,
   llama,
   mesh as mesh_lib,
   modelstore,
@@ -39,6 +41,7 @@ from srlm_jax import (
   selection,
   templates,
   tokenizer,
+  train_loop,
 )
 
 logger = logging.getLogger(__name__)
@@ -199,9 +202,11 @@ def commit(
     where: the choice takes place; None where there is none: the last weights are the model.
     who: decides; by default whom `settings.select.judge` names.
   """
+  limits = config_lib.frozen(health.Limits, settings.health)
   points = selection.candidates(settings.select.every, steps)
   if where is None or not points:
-    modelstore.save(out, train(), words, {**facts, "steps": steps})
+    model = train()
+    modelstore.save(out, model, words, {**facts, **train_loop.facts(out.folder, limits), "steps": steps})
     return
   section = settings.select
   contest = _Contest(out, words, train, settings, where.sampling, who or referee(out, settings, where))
@@ -218,4 +223,5 @@ def commit(
   logger.info("%s: of %d candidates that of step %d is the model", out.folder, len(trials), chosen)
   model = modelstore.load(contest.candidate(chosen), settings, mesh, train=True)
   made = selection.facts(trials, section.patience, steps, contest.who.name)
-  modelstore.save(out, model, words, {**facts, "steps": chosen, "selection": made})
+  watched = train_loop.facts(out.folder, limits)
+  modelstore.save(out, model, words, {**facts, **watched, "steps": chosen, "selection": made})

@@ -16,6 +16,7 @@ from srlm_jax import (
   config as config_lib,
   dataset,
   early_stopping,
+  health,
   llama,
   modelstore,
   records,
@@ -89,6 +90,7 @@ def prepare(
     save_every=section.save_every,
     accumulate=section.accumulate,
     skip_limit=section.skip_limit,
+    limits=config_lib.frozen(health.Limits, settings.health),
   )
   return train, {"rows": len(rows), "tokens": tokens, "steps": steps}
 

@@ -28,7 +28,9 @@ def dpo(
     beta: strength of the tie to the reference model.
 
   Returns:
-    the mean loss (log 2 where policy = reference), and metrics: rewards are β · (policy − reference) log-probs.
+    the mean loss (log 2 where policy = reference), and metrics: rewards are β · (policy − reference) log-probs; "drift"
+    is the mean of reference − policy log-probs over both responses of each pair, in nats a response: an estimate of
+    KL(reference ‖ policy) as far as the pairs are samples of the reference. (They are its best and worst ones.)
   """
   chosen_reward_B = beta * (chosen_B - reference_chosen_B)
   rejected_reward_B = beta * (rejected_B - reference_rejected_B)
@@ -42,4 +44,5 @@ def dpo(
     "rejected_reward": jnp.mean(rejected_reward_B),
     "chosen_logprob": jnp.mean(chosen_B),
     "rejected_logprob": jnp.mean(rejected_B),
+    "drift": jnp.mean(reference_chosen_B - chosen_B + reference_rejected_B - rejected_B) / 2,
   }

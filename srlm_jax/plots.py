@@ -308,22 +308,31 @@ def _lines(axis: Axes, runs: Mapping[str, Series], columns: Mapping[str, str], t
   axis.margins(x=0.01)
 
 
-def sft(runs: Mapping[str, Series]) -> str:
-  """Losses of pretraining and of supervised fine-tuning, one panel for each run."""
+def _mark(axis: Axes, steps: Iterable[int]) -> None:
+  """A dotted line at each step."""
+  for step in steps:
+    axis.axvline(step, color=_SERIES[1], linestyle=":", linewidth=0.8)
+
+
+def sft(runs: Mapping[str, Series], marks: Mapping[str, Sequence[int]] | None = None) -> str:
+  """Losses of pretraining and of supervised fine-tuning, one panel for each run; `marks` are steps of note of each."""
 
   def draw(axes: Sequence[Axes]) -> None:
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
       _lines(axis, {name: run}, {"loss": ""}, f"{name}: loss, nats a token")
+      _mark(axis, (marks or {}).get(name, ()))
       axis.set_ylim(bottom=0)
 
   return _drawn(len(runs), draw, width=_row_width(len(runs)))
 
 
-def dpo(runs: Mapping[str, Series]) -> str:
-  """Loss, margin, accuracy and rewards of the DPO runs over their steps."""
+def dpo(runs: Mapping[str, Series], marks: Mapping[str, Sequence[int]] | None = None) -> str:
+  """Loss, margin, accuracy and rewards of the DPO runs over their steps; `marks` are steps of note of each."""
 
   def draw(axes: Sequence[Axes]) -> None:
     _lines(axes[0], runs, {"loss": ""}, "DPO loss")
+    for name in runs:
+      _mark(axes[0], (marks or {}).get(name, ()))
     _lines(axes[1], runs, {"margin": ""}, "reward margin")
     _lines(axes[2], runs, {"accuracy": ""}, "margin > 0, share")
     _lines(axes[3], runs, {"chosen_reward": "chosen", "rejected_reward": "rejected"}, "rewards")

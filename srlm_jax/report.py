@@ -18,6 +18,7 @@ from srlm_jax import (
   excerpts,
   findings,
   finegrained,
+  health,
   journal,
   lineage,
   nlp_results,
@@ -37,7 +38,7 @@ Finished = Mapping[str, artifacts.Artifact]  # Folder name → committed artifac
 
 # Settings about which the paper is silent, and those that say where and how to run; all others are the paper's.
 UNSTATED = (
-  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors.", "nlp."),
+  *("chat", "model.max_length", "pretrain.", "pairs.", "data.overlap", "monitors.", "health.", "nlp."),
   *(
     f"{stage}.{key}"
     for stage in ("sft", "dpo")
@@ -196,12 +197,20 @@ def deviations_table(settings: config_dict.ConfigDict) -> Table:
 def curves(finished: Finished) -> dict[str, dict[str, list[float]]]:
   """The training metrics of each model that was trained here, thinned for plotting."""
   found = {}
-  for name, artifact in finished.items():
-    if journal.NAME in artifact.manifest()["files"]:
-      rows = [row for row in journal.parse(artifact.read_text(journal.NAME)) if row and not row["skipped"]]
-      if rows:
-        found[lineage.label(name)] = plots.smooth(rows)
+  for name, given in _journals(finished).items():
+    rows = [row for row in given if None not in row.values()]
+    if rows:
+      found[name] = plots.smooth(rows)
   return found
+
+
+def _journals(finished: Finished) -> dict[str, list[dict[str, Any]]]:
+  """The metrics of every step of each training."""
+  return {
+    lineage.label(name): [row for row in journal.parse(artifact.read_text(journal.NAME)) if row]
+    for name, artifact in finished.items()
+    if journal.NAME in artifact.manifest()["files"]
+  }
 
 
 def _cards(measured: findings.Measured) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
@@ -275,13 +284,16 @@ def _outside(finished: Finished) -> tuple[Section, ...]:
   return (Section("outside", "Benchmarks from outside", text, found),) if found else ()
 
 
-def _training(finished: Finished) -> Section:
+def _training(finished: Finished, watched: Mapping[str, health.Observer], limits: health.Limits) -> Section:
   runs = curves(finished)
+  marks = {name: (*observer.skipped, *observer.spikes) for name, observer in watched.items()}
   plain = {name: run for name, run in runs.items() if "margin" not in run}
   preferred = {name: run for name, run in runs.items() if "margin" in run}
-  drawn = [Plot(plots.sft(plain), "Pretraining and supervised fine-tuning.")] if plain else []
-  drawn += [Plot(plots.dpo(preferred), "DPO, averaged over windows of steps.")] if preferred else []
-  return Section("training", "Training", plots=tuple(drawn))
+  marked = " Dotted lines: skipped steps and spikes of the loss." if any(marks.values()) else ""
+  drawn = [Plot(plots.sft(plain, marks), f"Pretraining and supervised fine-tuning.{marked}")] if plain else []
+  drawn += [Plot(plots.dpo(preferred, marks), f"DPO, averaged over windows of steps.{marked}")] if preferred else []
+  found = (health.table(watched, limits),) if watched else ()
+  return Section("training", "Training", tables=found, plots=tuple(drawn))
 
 
 def _checkpoints(finished: Finished) -> tuple[Section, ...]:
@@ -354,6 +366,9 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
   judged = next(iter(measured.values()))["judge"]["metrics"]["unreadable"]["count"] if measured else None
   counts = (diagnostics.sizes_table(finished, judged), *diagnostics.counts_tables(finished))
   watched = oversight.collect(finished, measured, rounds, centres[-1], settings.monitors.warn)
+  limits = config.frozen(health.Limits, settings.health)
+  trainings = {name: health.observe(rows, limits) for name, rows in _journals(finished).items()}
+  unwell = [f"{name}: {text}" for name, (_, said) in trainings.items() for text in said]
   sections = (
     _following(measured, settings.evaluate.grader),
     _judging(measured),
@@ -361,7 +376,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
     *_finegrained(finished),
     _aift(rounds, oracle, (centres[0], centres[-1]), settings.judge.votes),
     _monitors(watched),
-    _training(finished),
+    _training(finished, {name: observer for name, (observer, _) in trainings.items()}, limits),
     *_checkpoints(finished),
     Section("data", "Data", "What came in, what was kept, and why the rest was left out.", counts, together=True),
     Section("settings", "Deviations from the paper", tables=(deviations_table(settings),)),
@@ -372,7 +387,7 @@ def collect(finished: Finished, settings: config_dict.ConfigDict, missing: Seque
     judgements = diagnostics.first_shard(artifact, "judgements", records.Judgement)
     unreadable += excerpts.unreadable(f"{lineage.label(name)} on held-out replies", judgements, 2)
   unfinished = [f"Not done yet: {', '.join(missing)}."] if missing else []
-  warnings = [*lineage.stale(finished), *unfinished, *watched.warnings]
+  warnings = [*lineage.stale(finished), *unfinished, *watched.warnings, *unwell]
   return Report(
     title=f"Self-rewarding run: {run_name}",
     facts=run_facts(finished, settings, len(finished) + len(missing)),

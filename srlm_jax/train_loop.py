@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from srlm_jax import checkpoint, distributed, interruption, journal, llama, mesh as mesh_lib, storage, train_step
+from srlm_jax import (
+  checkpoint,
+  distributed,
+  health,
+  interruption,
+  journal,
+  llama,
+  mesh as mesh_lib,
+  storage,
+  train_step,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +70,7 @@ def train(
   save_every: int,
   accumulate: int = 1,
   skip_limit: int = 3,
+  limits: health.Limits = health.Limits(),  # noqa: B008  # It is frozen.
   until: int | None = None,
 ) -> llama.Llama:
   """Trains for `optimizer.steps` steps, or `until` one of them for now, and returns the model.
@@ -77,6 +88,7 @@ def train(
     save_every: steps between two saved states.
     accumulate: parts in which a batch goes through the model, one after the other, to need less memory.
     skip_limit: steps in a row without a finite loss and gradient that end the run; fewer are skipped and counted.
+    limits: of the losses and, in DPO, of margin and drift, beyond which it warns.
     until: a step to stop after, with the state saved: the next call goes on from there; None: the end.
 
   Raises:
@@ -104,7 +116,7 @@ def train(
   step_fn = jit_step(loss_fn, optimizer, shardings, accumulate)
   rows = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   log = journal.Journal(folder / journal.NAME if distributed.writes() else None, first)
-  watch = Watch(folder, log, optimizer, first, skip_limit, batches)
+  watch = Watch(folder, log, optimizer, first, skip_limit, limits, batches)
   with contextlib.closing(store), contextlib.closing(watch):
     pending: tuple[int, train_step.Metrics] | None = None
     for index in range(first, last):
@@ -136,18 +148,23 @@ class Watch:
     optimizer: train_step.OptimizerConfig,
     first: int,
     skip_limit: int,
+    limits: health.Limits,
     batches: Batches,
   ) -> None:
     self.folder, self._log, self._steps, self._first = folder, log, optimizer.steps, first
     self._rates, self._skip_limit, self._batches = train_step.schedule(optimizer), skip_limit, batches
     self._said = self._started = time.monotonic()
+    self._observer, _ = health.observe(log.rows, limits)
     last = list(itertools.takewhile(lambda row: row["skipped"], reversed(log.rows)))
     self._skipped = distributed.agree(f"go on in {folder}", len(last))  # In a row, up to now.
 
   def see(self, step: int, metrics: train_step.Metrics) -> None:
     """Takes the metrics after `step` steps; FloatingPointError where too many steps in a row are not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    self._log.add({"step": step, "lr": float(self._rates(step - 1)), **values})
+    row = {"step": step, "lr": float(self._rates(step - 1)), **values}
+    self._log.add(row)
+    for text in self._observer.see(row):
+      logger.warning("%s: %s", self.folder, text)
     self._skipped = self._skipped + 1 if values["skipped"] else 0
     if self._skipped:
       logger.warning(
@@ -189,3 +206,10 @@ class Watch:
   def close(self) -> None:
     """Writes what was seen."""
     self._log.flush()
+
+
+def facts(folder: epath.Path, limits: health.Limits) -> dict[str, Any]:
+  """The health of a training, for its manifest: {"health": what its journal shows}."""
+  path = folder / journal.NAME
+  found = distributed.first(f"look at {path}", lambda: health.observe(journal.read(path), limits)[0].facts())
+  return {"health": found} if found["steps"] else {}

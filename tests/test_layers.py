@@ -15,7 +15,7 @@ LAYERS = {
   "files": "version storage digests",
   "data": (
     "lines records templates filters metrics oasst oasst_split eft pairing canaries repetition world world_judges "
-    "world_files classes strata tsne agreement paper tables human_eval selection monitors plots pages config"
+    "world_files classes strata tsne agreement paper tables human_eval selection monitors health plots pages config"
   ),
   "arrays": "xla_flags endings interruption distributed compiled mesh tokenizer chat batching dataset",
   "model": "attention decode_attention llama hf_files convert",

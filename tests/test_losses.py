@@ -32,6 +32,8 @@ def test_dpo_and_its_gradient_equal_numpy():
   np.testing.assert_allclose(gradient, -0.3 / (1 + np.exp(margin)) / 8, rtol=1e-4)
   np.testing.assert_allclose(metrics["margin"], margin.mean(), rtol=1e-4)
   np.testing.assert_allclose(metrics["accuracy"], (margin > 0).mean())
+  chosen, rejected, ref_chosen, ref_rejected = arrays
+  np.testing.assert_allclose(metrics["drift"], np.mean([ref_chosen - chosen, ref_rejected - rejected]), rtol=1e-4)
 
 
 def test_dpo_prefers_the_chosen():

@@ -90,6 +90,7 @@ def test_every_table_is_there_with_equal_figures_in_both_forms(written: tuple[st
       "pairs",
       "oracle-pairs",
       "monitors",
+      "health",
       "sizes",
       "deviations",
       "models",
@@ -100,6 +101,18 @@ def test_every_table_is_there_with_equal_figures_in_both_forms(written: tuple[st
   plain = [[[cell.removesuffix(" (paper)") for cell in row] for row in rows] for rows in markdown_tables(text)]
   assert plain == shown
   assert all(len(rows) > 1 for rows in shown)
+
+
+def test_spikes_and_skipped_steps_are_shown_and_warned_of(tmp_path: epath.Path) -> None:
+  run = made_run.Run(epath.Path(tmp_path))
+  rows = [{"step": step, "loss": 1 + 0.01 * (step % 7), "skipped": float(step == 30)} for step in range(1, 61)]
+  rows[29]["loss"], rows[39]["loss"] = None, 9.0
+  run.model("m0", {"kind": "pretrain"}, rows)
+  found = report.collect(run.made, config.base(), [], "run")
+  section = next(one for one in found.sections if one.name == "training")
+  assert [cell.text for cell in section.tables[0].rows[0]][1:4] == ["60", "1", "1"]
+  assert any("the loss of step 40 is 9" in warning for warning in found.warnings)
+  assert "Dotted lines" in section.plots[0].caption
 
 
 def test_figures_stand_beside_the_paper_s(written: tuple[str, str, dict[str, Any]]) -> None:

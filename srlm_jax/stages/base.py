@@ -7,7 +7,21 @@ from etils import epath
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, batching, chat, checkpoint, convert, finetune, llama, modelstore, records, tokenizer
+from srlm_jax import (
+  artifacts,
+  batching,
+  chat,
+  checkpoint,
+  config as config_lib,
+  convert,
+  finetune,
+  health,
+  llama,
+  modelstore,
+  records,
+  tokenizer,
+  train_loop,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,4 +77,5 @@ def run(
     train, sizes = finetune.prepare(out, model.config, lambda: model, examples, settings.pretrain, settings, mesh)
     model = train()
     facts |= {"documents": len(examples), "documents left out, too long": too_long, **sizes}
+    facts |= train_loop.facts(out.folder, config_lib.frozen(health.Limits, settings.health))
   modelstore.save(out, model, words, facts)

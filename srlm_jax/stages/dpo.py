@@ -11,6 +11,7 @@ from srlm_jax import (
   config as config_lib,
   early_stopping,
   finetune,
+  health,
   modelstore,
   pairing,
   pairset,
@@ -53,6 +54,7 @@ def run(
     save_every=section.save_every,
     accumulate=section.accumulate,
     skip_limit=section.skip_limit,
+    limits=config_lib.frozen(health.Limits, settings.health),
   )
   facts = {"pairs": count, "reference": pairs.manifest()["facts"]["reference"]}
   early_stopping.commit(out, words, train, steps, facts, settings, mesh, where)
