@@ -41,7 +41,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: pathlib.Path) -> None
       assert json.loads((folder / "lock.json").read_text())["what"] == "srlm judge"
 
 
-class Store:
+class Leased:
   """A lease's object, and what others write while somebody waits for it."""
 
   def __init__(self, path: pathlib.Path) -> None:
@@ -62,48 +62,48 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def leased(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leased]:
   monkeypatch.setattr(workdir, "BEAT", 3600)  # Its thread never beats by itself here.
-  yield Store(tmp_path / "lock.json")
+  yield Leased(tmp_path / "lock.json")
 
 
-def test_a_lease_is_taken_shown_and_given_back(store: Store) -> None:
-  lease = store.lease("mine")
-  assert lease.take() is None and store.waited == [2]
-  before = store.path.read_text()
-  assert lease.beat() and store.path.read_text() != before  # So that others see that it lives.
+def test_a_lease_is_taken_shown_and_given_back(leased: Leased) -> None:
+  lease = leased.lease("mine")
+  assert lease.take() is None and leased.waited == [2]
+  before = leased.path.read_text()
+  assert lease.beat() and leased.path.read_text() != before  # So that others see that it lives.
   lease.release()
-  assert not store.path.exists()
+  assert not leased.path.exists()
 
 
-def test_a_lease_whose_holder_lives_is_refused(store: Store) -> None:
-  store.path.write_text('{"token": "theirs", "beat": 1}')
-  store.events = ["", '{"token": "theirs", "beat": 2}']
-  assert store.lease("mine").take() == '{"token": "theirs", "beat": 2}' and store.waited == [3600, 3600]
+def test_a_lease_whose_holder_lives_is_refused(leased: Leased) -> None:
+  leased.path.write_text('{"token": "theirs", "beat": 1}')
+  leased.events = ["", '{"token": "theirs", "beat": 2}']
+  assert leased.lease("mine").take() == '{"token": "theirs", "beat": 2}' and leased.waited == [3600, 3600]
 
 
 @pytest.mark.parametrize(("events", "watched"), [([], workdir.BEATS), (["", None], 2)])
-def test_a_lease_whose_holder_was_killed_or_ends_is_taken_over(store: Store, events: list, watched: int) -> None:
-  store.path.write_text("torn {")
-  store.events = events
-  lease = store.lease("mine")
-  assert lease.take() is None and '"mine"' in store.path.read_text()
-  assert store.waited == [3600] * watched + [2]
+def test_a_lease_whose_holder_was_killed_or_ends_is_taken_over(leased: Leased, events: list, watched: int) -> None:
+  leased.path.write_text("torn {")
+  leased.events = events
+  lease = leased.lease("mine")
+  assert lease.take() is None and '"mine"' in leased.path.read_text()
+  assert leased.waited == [3600] * watched + [2]
   lease.release()
 
 
-def test_of_two_that_take_a_lease_at_once_one_is_refused(store: Store) -> None:
-  store.events = ['{"token": "theirs"}']  # While ours waits to read it back.
-  assert store.lease("mine").take() == '{"token": "theirs"}'
+def test_of_two_that_take_a_lease_at_once_one_is_refused(leased: Leased) -> None:
+  leased.events = ['{"token": "theirs"}']  # While ours waits to read it back.
+  assert leased.lease("mine").take() == '{"token": "theirs"}'
 
 
-def test_a_lease_that_another_one_took_ends_the_run(store: Store) -> None:
-  lease = store.lease("mine")
+def test_a_lease_that_another_one_took_ends_the_run(leased: Leased) -> None:
+  lease = leased.lease("mine")
   assert lease.take() is None
-  store.path.write_text('{"token": "theirs"}')
-  assert not lease.beat() and store.waited[-1] == '{"token": "theirs"}'
+  leased.path.write_text('{"token": "theirs"}')
+  assert not lease.beat() and leased.waited[-1] == '{"token": "theirs"}'
   lease.release()
-  assert store.path.exists()  # It is not ours to delete.
+  assert leased.path.exists()  # It is not ours to delete.
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,3 +212,17 @@ def test_logs_have_a_bounded_size(tmp_path: pathlib.Path, monkeypatch: pytest.Mo
   assert files == ["srlm-0.log", *(f"srlm-0.log.{n}" for n in range(1, workdir.LOG_FILES + 1))]
   assert all(path.stat().st_size <= 1000 for path in (tmp_path / "logs").iterdir()) and ours.handlers == before
   assert "message 199 " in (tmp_path / "logs" / "srlm-0.log").read_text()
+
+
+def test_in_an_object_store_a_run_holds_a_lease(store: object, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(workdir, "BEAT", 0.01)
+  monkeypatch.setattr(workdir, "BEATS", 10_000)  # Waits for as long as it takes to see the holder's next beat.
+  place = epath.Path("gs://bucket/run")
+  with workdir.locked(place, "srlm all"), workdir.logs(place):
+    with pytest.raises(
+      ValueError, match=r"gs://bucket/run is in use by another run: pid \d+ on \S+ since .* \(srlm all\)"
+    ):
+      with workdir.locked(place, "srlm all"):
+        pass
+    assert [path.name for path in place.iterdir()] == ["lock.json"]  # And no log.
+  assert not (place / "lock.json").exists()
