@@ -9,7 +9,7 @@ benchmark from outside has two words.
 """
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
 import dataclasses
 import json
@@ -17,7 +17,6 @@ import logging
 import os
 import pathlib
 import re
-import secrets
 import sys
 import time
 import traceback
@@ -28,24 +27,18 @@ import jax
 from ml_collections import config_dict, config_flags
 
 from srlm_jax import (
-  alpaca_eval,
   artifacts,
-  comparison,
+  commands,
   compiled,
   convert,
   distributed,
   endings,
-  grading,
-  human_eval,
   interruption,
   llama,
   mesh as mesh_lib,
   modelstore,
-  mt_bench,
-  nlp,
   outside,
   plan,
-  records,
   reward,
   room,
   server,
@@ -105,41 +98,6 @@ _CACHE = flags.DEFINE_string(
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """What two words ask for: what it does, the flags that it needs, and the function that does it."""
-
-  what: str
-  needs: tuple[str, ...]
-  run: Callable[[outside.Run], None]
-
-
-def _lm_eval(run: outside.Run) -> None:
-  nlp.run(run.finished(run.model), run.settings, run.mesh, run.tasks)
-
-
-COMMANDS = {
-  "export alpaca-eval": Command(
-    "answer prompts, for the package alpaca_eval: --model=m2 --prompts=FILE --out=FILE",
-    ("model", "prompts", "out"),
-    alpaca_eval.export,
-  ),
-  "evaluate alpaca-eval": Command(
-    "AlpacaEval 2, by that package's own command: --model=m2 --prompts=FILE [--references=FILE]",
-    ("model", "prompts"),
-    alpaca_eval.evaluate,
-  ),
-  "evaluate mt-bench": Command(
-    "MT-Bench, rated by config.mt_bench.judge: --model=m2 --prompts=question.jsonl [--references=FILE]",
-    ("model", "prompts"),
-    mt_bench.evaluate,
-  ),
-  "evaluate lm-eval": Command(
-    "the paper's NLP benchmarks by lm-eval: --model=m2 [--tasks=NAME,…]", ("model",), _lm_eval
-  ),
-}
-
-
 def usage() -> str:
   """The stages, for --help and for errors."""
   rows = {
@@ -152,7 +110,7 @@ def usage() -> str:
     "human-eval": "write a blind page for annotators: --model=m2 --against=m1 --items=50 --out=page.html",
     "human-eval-read": "what they chose: --key=page.key.json --votes=a.json,b.json [--workdir=FOLDER, for the report]",
     **steps.STAGES,
-    **{words: command.what for words, command in COMMANDS.items()},
+    **{words: command.what for words, command in commands.COMMANDS.items()},
   }
   width = max(map(len, rows))
   return "\n".join(
@@ -251,26 +209,20 @@ def show_plan(settings: config_dict.ConfigDict) -> bool:
     raise ValueError(f"{error} The configuration that is known to do is --config=FILE:{known}.") from error
 
 
-def finished_models(planned: Sequence[steps.Step], workdir: epath.Path) -> dict[str, artifacts.Artifact]:
-  """The models of the work directory by name, in the order in which they were made."""
-  made = steps.artifacts_of(planned, workdir)
-  return {name: artifact for name, artifact in made.items() if (artifact.folder / "llama.json").exists()}
-
-
 def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -> None:
-  """Runs one of COMMANDS on the model that --model names."""
+  """Runs one of commands.COMMANDS on the model that --model names."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
   planned = steps.plan(settings, workdir, mesh)
   sampling = next(step.mesh for step in planned if step.stage == "evaluate") or mesh
-  models = finished_models(planned, workdir)
+  models = commands.finished_models(planned, workdir)
   for artifact in models.values():
     artifact.check_config()
-  paths = {flag.name: _absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
+  paths = {flag.name: commands.absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
   cache = steps.endpoint_cache(settings, workdir)
   outputs = workdir / "outside"
   workdir_lib.check_writable(outputs)
   with workdir_lib.locked(outputs, f"srlm {words}"), workdir_lib.logs(outputs), jax.set_mesh(sampling):
-    COMMANDS[words].run(
+    commands.COMMANDS[words].run(
       outside.Run(settings, workdir, sampling, models, _MODEL.value or "", paths, cache, tuple(_TASKS.value))
     )
 
@@ -278,11 +230,11 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
   """Writes a model of the work directory, and its tokenizer, as a Hugging Face folder."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
-  made = finished_models(steps.plan(settings, workdir, mesh), workdir)
+  made = commands.finished_models(steps.plan(settings, workdir, mesh), workdir)
   if name not in made:
     raise artifacts.unknown(name, list(made), "finished model of this work directory")
   model = modelstore.load(made[name], settings, mesh)
-  convert.export_hf(model, _absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
+  convert.export_hf(model, commands.absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
   logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
   command = server.serve_command(folder, modelstore.served_name(made[name]))
   logger.info("for --config.server.url it is served by: %s", command)
@@ -299,74 +251,10 @@ def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str
     return
   print(tables.markdown(reward.table(found)))
   if _OUT.value:
-    path = _absolute(_OUT.value)
+    path = commands.absolute(_OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write(path, json.dumps(found, indent=1))
     logger.info("wrote %s", path)
-
-
-def compare(folders: Sequence[str], out: str) -> None:
-  """Writes a page about the runs in these work directories, and its Markdown beside it."""
-  if not out.endswith(".html"):
-    raise ValueError(f"--out={out}: the page's name must end with .html; its Markdown is written beside it.")
-  page = _absolute(out)
-  names = [folder.rstrip("/") for folder in folders]
-  found = comparison.compare([comparison.read(_absolute(name), name) for name in names])
-  if not distributed.writes():
-    return
-  page.parent.mkdir(parents=True, exist_ok=True)
-  storage.write(page, comparison.html(found))
-  storage.write(page.with_suffix(".md"), comparison.markdown(found))
-  logger.info("compared %s: %s", ", ".join(names), page)
-
-
-def human_page(
-  settings: config_dict.ConfigDict, workdir: epath.Path, names: tuple[str, str], count: int, out: epath.Path
-) -> None:
-  """Writes a blind page with two models' first answers to held-out instructions, and its key beside it."""
-  made = steps.artifacts_of(steps.plan(settings, workdir, mesh_lib.make_mesh(**settings.mesh)), workdir)
-  done = {folder.removeprefix("eval/"): one for folder, one in made.items() if folder.startswith("eval/") and one.done}
-  for name in names:
-    if name not in done:
-      raise artifacts.unknown(name, list(done), "model that this work directory has evaluated")
-  if len(set(names)) < len(names):
-    raise ValueError(f"--model and --against are both {names[0]}: name two models.")
-  place = out.with_suffix(".key.json")
-  there = distributed.first("look for the page", lambda: [str(path) for path in (out, place) if path.exists()])
-  if there:  # Votes on an older page would lose their key.
-    raise ValueError(f"{there[0]} is there already: choose another --out, or delete the page and its key.")
-  ours, theirs = (
-    [one for one in done[name].read_shards("answers", records.Response) if one.sample == 0] for name in names
-  )
-  if not distributed.writes():
-    return
-  digests = {name: done[name].digest() for name in names}
-  page, key = human_eval.make(grading.align(ours, theirs), names, digests, count, secrets.randbits(48))
-  out.parent.mkdir(parents=True, exist_ok=True)
-  storage.write(place, key.model_dump_json(indent=1))
-  storage.write(out, page)
-  logger.info("wrote %s, %d instructions: give it to the annotators", out, len(key.items))
-  logger.info("wrote %s: it says which side is whose; keep it from them, and give it to human-eval-read", place)
-
-
-def human_result(key_path: epath.Path, votes: Sequence[epath.Path], workdir: epath.Path | None) -> None:
-  """Prints what the annotators chose, and writes it into the work directory, if given, where the report finds it."""
-  key = human_eval.read_key(key_path)
-  found = human_eval.aggregate(key, human_eval.read_ballots(votes, key))
-  print(tables.markdown(human_eval.result_table(found, "human", f"{key.model} over {key.against}")))
-  print(tables.markdown(human_eval.annotators_table(found, "annotators")))
-  if workdir:
-    out = artifacts.Artifact(workdir / "analysis" / f"human-{key.model}-{key.against}", {}, {})
-    out.folder.mkdir(parents=True, exist_ok=True)
-    out.write("human.json", json.dumps(found, indent=1, ensure_ascii=False))
-    out.commit(found)
-    logger.info("wrote %s; `srlm report` shows it", out.folder)
-
-
-def _absolute(folder: str) -> epath.Path:
-  """The folder's whole path: Orbax takes no other."""
-  path = epath.Path(folder)
-  return path if "://" in folder else path.expanduser().resolve()
 
 
 def _log_to_stderr() -> None:
@@ -388,7 +276,7 @@ def _refused(message: str) -> app.UsageError:
 def main(argv: Sequence[str]) -> None:
   """Entry point after absl has read the flags."""
   stage = " ".join(argv[1:])
-  second = {words.split()[0] for words in COMMANDS}
+  second = {words.split()[0] for words in commands.COMMANDS}
   if len(argv) != 2 and not (len(argv) == 3 and argv[1] in second):
     raise _refused(f"exactly one stage is wanted, got {stage or 'none'}.")
   valid = [
@@ -401,7 +289,7 @@ def main(argv: Sequence[str]) -> None:
     "human-eval",
     "human-eval-read",
     *steps.STAGES,
-    *COMMANDS,
+    *commands.COMMANDS,
   ]
   if stage not in valid:
     raise _refused(str(artifacts.unknown(stage, valid, "stage")))
@@ -417,19 +305,23 @@ def main(argv: Sequence[str]) -> None:
     raise _refused("export needs --model, a finished model, and --out, the folder to write.")
   if stage == "reward" and not _MODEL.value:
     raise _refused("reward needs --model: a finished model, endpoint, or (in the tiny world) oracle.")
-  missing = [f"--{name}" for name in COMMANDS[stage].needs if not flags.FLAGS[name].value] if stage in COMMANDS else []
+  missing = (
+    [f"--{name}" for name in commands.COMMANDS[stage].needs if not flags.FLAGS[name].value]
+    if stage in commands.COMMANDS
+    else []
+  )
   if missing:
-    raise _refused(f"{stage} needs {' and '.join(missing)}: {COMMANDS[stage].what}.")
+    raise _refused(f"{stage} needs {' and '.join(missing)}: {commands.COMMANDS[stage].what}.")
   if stage == "human-eval" and not (_MODEL.value and _AGAINST.value and _OUT.value):
     raise _refused("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
   if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
     raise _refused("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   if _CACHE.value:
     compiled.keep_in(pathlib.Path(_CACHE.value).expanduser())
-  writes = stage == "all" or stage in steps.STAGES or stage in COMMANDS
+  writes = stage == "all" or stage in steps.STAGES or stage in commands.COMMANDS
   with interruption.session(patient=writes, leave=distributed.part), distributed.session():
     _log_to_stderr()
-    _run_stage(stage, _absolute(_WORKDIR.value) if _WORKDIR.value else None)
+    _run_stage(stage, commands.absolute(_WORKDIR.value) if _WORKDIR.value else None)
 
 
 def _run_stage(stage: str, workdir: epath.Path | None) -> None:
@@ -439,19 +331,23 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
     if stage == "compare" and _OUT.value:
-      compare(_RUNS.value, _OUT.value)
+      commands.compare(_RUNS.value, _OUT.value)
     elif stage == "human-eval-read":
-      human_result(_absolute(_KEY.value or ""), [_absolute(path) for path in _VOTES.value], workdir)
+      commands.human_result(
+        commands.absolute(_KEY.value or ""), [commands.absolute(path) for path in _VOTES.value], workdir
+      )
     elif workdir is None or stage == "stages":
       show_steps(_CONFIG.value, workdir)
-    elif stage in COMMANDS:
+    elif stage in commands.COMMANDS:
       measure(_CONFIG.value, workdir, stage)
     elif stage == "export" and _MODEL.value and _OUT.value:
       export(_CONFIG.value, workdir, _MODEL.value, _OUT.value)
     elif stage == "reward" and _MODEL.value:
       show_reward(_CONFIG.value, workdir, _MODEL.value)
     elif stage == "human-eval" and _MODEL.value and _AGAINST.value and _OUT.value:
-      human_page(_CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _ITEMS.value, _absolute(_OUT.value))
+      commands.human_page(
+        _CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _ITEMS.value, commands.absolute(_OUT.value)
+      )
     else:
       run_steps(_CONFIG.value, workdir, stage)
   except (Exception, KeyboardInterrupt, endings.Terminated) as error:

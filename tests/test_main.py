@@ -17,7 +17,7 @@ from etils import epath
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, config, endings, human_eval, main, modelstore, records, steps, templates
+from srlm_jax import artifacts, commands, config, endings, human_eval, main, modelstore, records, steps, templates
 from srlm_jax.stages import report as report_stage
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -200,8 +200,8 @@ def test_export_says_how_to_serve_the_model(
 
 def test_two_words_run_a_command_on_a_finished_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   ran = []
-  command = main.COMMANDS["evaluate mt-bench"]
-  monkeypatch.setitem(main.COMMANDS, "evaluate mt-bench", dataclasses.replace(command, run=ran.append))
+  command = commands.COMMANDS["evaluate mt-bench"]
+  monkeypatch.setitem(commands.COMMANDS, "evaluate mt-bench", dataclasses.replace(command, run=ran.append))
   monkeypatch.chdir(tmp_path)
   saved = artifacts.Artifact(epath.Path(tmp_path / "m1"), {}, {})
   saved.begin()
@@ -222,7 +222,9 @@ def test_two_words_run_a_command_on_a_finished_model(tmp_path: pathlib.Path, mon
 
 def test_every_stage_is_listed_and_belongs_to_some_step() -> None:
   text = main.usage()
-  assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES, *main.COMMANDS))
+  assert all(
+    re.search(rf"^  {name} ", text, re.MULTILINE) for name in ("all", "stages", *steps.STAGES, *commands.COMMANDS)
+  )
   both = [config.base(), config.base()]
   both[1].world.enabled, both[1].monitors.prompts = True, "prompts.jsonl"
   planned = [step.stage for c in both for step in steps.plan(c, epath.Path("w"), None)]
@@ -383,15 +385,15 @@ def test_a_blind_page_is_written_and_its_votes_are_read(
   monkeypatch.setattr(steps, "plan", lambda *_: [])
   monkeypatch.setattr(steps, "artifacts_of", lambda *_: made)
   place, page, settings = epath.Path(tmp_path), epath.Path(tmp_path / "new" / "page.html"), config.base()
-  main.human_page(settings, place, ("m2", "m1"), 3, page)
+  commands.human_page(settings, place, ("m2", "m1"), 3, page)
   key = human_eval.read_key(page.with_suffix(".key.json"))
   assert len(key.items) == 3 and "better" in page.read_text()
   with pytest.raises(ValueError, match=r"page\.html is there already"):
-    main.human_page(settings, place, ("m2", "m1"), 3, page)
+    commands.human_page(settings, place, ("m2", "m1"), 3, page)
   with pytest.raises(ValueError, match="'m3' is not a model that this work directory has evaluated"):
-    main.human_page(settings, place, ("m3", "m1"), 3, place / "other.html")
+    commands.human_page(settings, place, ("m3", "m1"), 3, place / "other.html")
   with pytest.raises(ValueError, match="--model and --against are both m1"):
-    main.human_page(settings, place, ("m1", "m1"), 3, place / "other.html")
+    commands.human_page(settings, place, ("m1", "m1"), 3, place / "other.html")
   votes = {
     "format": "srlm human evaluation votes 1",
     "page": key.page,
@@ -399,7 +401,7 @@ def test_a_blind_page_is_written_and_its_votes_are_read(
     "votes": {item.id: item.model for item in key.items},
   }
   (place / "votes.json").write_text(json.dumps(votes))
-  monkeypatch.setattr(main, "_absolute", epath.Path)
+  monkeypatch.setattr(commands, "absolute", epath.Path)
   with flagsaver.as_parsed(
     key=str(page.with_suffix(".key.json")), votes=str(place / "votes.json"), workdir=str(place), compilation_cache=""
   ):
