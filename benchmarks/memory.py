@@ -8,7 +8,7 @@
 "training": SFT steps with saved states (`train_loop.train`). After each batch the resident set of the process is read,
 and the bytes of all arrays on devices (what the allocator has given out, where the backend says so). A curve is flat
 where the median of its last quarter lies above that of the third by no more than --within MiB in 1,000 batches: in the
-first half programs for rarer lengths are still compiled, and the allocator finds its size. Where one is not, this
+first half programs for rarer lengths are still compiled, and the allocator finds its size. Where one is not, it
 exits with 1. The model is small and random: what a leak adds to each batch is all there is to see.
 """
 

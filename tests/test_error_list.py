@@ -130,3 +130,20 @@ def test_a_part_of_the_suite_changes_what_it_concerns_alone(tmp_path: pathlib.Pa
   assert found == {LOW: [other], SITES[1]: [], SITES[2]: [here], SITES[3]: []}
   path.write_text(error_list.markdown({LOW: ["test_ranges.py::test_that_is_gone"]}))
   assert error_list.merged(error_list.read(path), [], set(), [LOW]) == {LOW: []}
+
+
+def test_the_list_has_every_message_of_the_sources() -> None:
+  """ERRORS.md, by the command in its first lines."""
+  missing = sorted(set(error_list.sites()) - error_list.read(error_list.LIST).keys())
+  gone = sorted(error_list.read(error_list.LIST).keys() - set(error_list.sites()))
+  assert not missing and not gone, f"run `{error_list.COMMAND} FILE …` with the tests of what changed"
+
+
+def test_every_message_of_the_list_has_a_test_or_a_reason() -> None:
+  found = error_list.read(error_list.LIST)
+  untested = [site for site, tests in found.items() if not tests and not error_list.reason(site)]
+  assert len(untested) <= error_list.UNTESTED, "\n".join(map(str, untested))
+  assert [test for tests in found.values() for test in tests if not error_list.exists(test)] == []
+  stale = [site for site, tests in found.items() if tests and error_list.reason(site)]
+  assert not stale, "a test raises it: take it out of UNREACHED"
+  assert not [key for key in error_list.UNREACHED if not any(error_list.reason(site) for site in found)]

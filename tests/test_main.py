@@ -104,6 +104,7 @@ def test_a_wrong_flag_ends_the_program_in_a_sentence() -> None:
     (["judge", "pairs"], {}, "exactly one stage is wanted, got judge pairs"),
     (["judge"], {}, "--config is missing: a file such as configs/tiny.py"),
     (["judge"], {"config": SMOKE}, "--workdir is missing"),
+    (["plan"], {"config": SMOKE}, "plan needs --topology"),
     (["human-eval"], {"config": SMOKE, "workdir": "w", "model": "m2"}, "human-eval needs --model and --against"),
     (["human-eval-read"], {"key": "page.key.json"}, "human-eval-read needs --key"),
     (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),

@@ -177,3 +177,8 @@ def test_profiles() -> None:
   assert mean["lost"] < mean["worse"] < mean["human"] - 0.5
   with pytest.raises(ValueError, match="flawless"):
     world.answer(world.parse(SAY), np.random.default_rng(0), "perfect")
+
+
+def test_a_profile_that_nobody_has_is_refused() -> None:
+  with pytest.raises(ValueError, match="No profile 'humane': choose from .*human"):
+    world.answer((), np.random.default_rng(0), "humane")

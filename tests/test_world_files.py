@@ -180,3 +180,11 @@ def test_too_many_different_instructions_are_refused(monkeypatch: pytest.MonkeyP
   monkeypatch.setattr(world_files, "_draw", lambda rng, share: "Say owl three times.")
   with pytest.raises(ValueError, match="want fewer"):
     world_files._distinct(np.random.default_rng(0), world_files.HELDOUT, 2)
+
+
+def test_more_instructions_than_a_share_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(world_files, "_draw", lambda rng, share: "the same")
+  with pytest.raises(
+    ValueError, match="3 different instructions wanted, but 20 times as many draws gave 1: want fewer"
+  ):
+    world_files._distinct(np.random.default_rng(0), world_files.IFT, 3)
