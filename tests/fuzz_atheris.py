@@ -41,7 +41,7 @@ def fuzz(name: str, runs: int, folder: pathlib.Path) -> None:
   corpus.mkdir()
   for seed in range(8):  # To begin with; libFuzzer begins with one byte.
     (corpus / str(seed)).write_bytes(random.Random(seed).randbytes(40 * (seed + 1)))
-  options = [f"-runs={runs}", "-seed=1", "-max_len=400", "-len_control=0", "-timeout=120", f"-artifact_prefix={folder}/"]
+  options = [f"-runs={runs}", "-seed=1", "-max_len=400", "-len_control=0", "-timeout=90", f"-artifact_prefix={folder}/"]
   atheris.Setup([name, *options, str(corpus)], once)
   atheris.Fuzz()
 
