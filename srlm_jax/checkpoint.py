@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from srlm_jax import distributed, llama, mesh as mesh_lib
+from srlm_jax import distributed, endings, llama, mesh as mesh_lib
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def _reading(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
+    if endings.out_of_memory(error):
+      raise
     if not isinstance(error, _UNREADABLE) and type(error) is not Exception:  # Orbax's for a piece of an array.
       raise
     source = error.__cause__ or error

@@ -124,11 +124,17 @@ def _storage(error: BaseException) -> str:
   return ""
 
 
+def out_of_memory(error: BaseException) -> bool:
+  """Whether memory was short, by the error or what led to it: the files that were being read may be whole."""
+  return any(_memory(cause) for cause in _chain(error))
+
+
 def _memory(error: BaseException) -> str:
   """What to say where memory was short, or nothing."""
   on_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
   on_host = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-  if not on_device and not on_host:
+  no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)  # No room for its stack.
+  if not (on_device or on_host or no_thread):
     return ""
   return (
     f"out of memory ({_cut(first_line(error))}) In sampling and judging lower config.generation.rows; in training "

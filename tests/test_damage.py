@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, checkpoint, config, modelstore
+from srlm_jax import artifacts, checkpoint, config, endings, modelstore
 
 FLIPS = 8  # Of each file.
 
@@ -172,3 +172,20 @@ def test_sizes_and_fingerprints_of_a_model_are_read_with_their_digests(tmp_path:
     with pytest.raises(ValueError, match=f"{name} is damaged"):
       modelstore.load(out, config.base(), tiny_model.one_device())
     (out.folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("cause", [MemoryError("no room"), RuntimeError("can't start new thread")])
+def test_memory_that_runs_out_while_reading_is_no_damage(
+  tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+  model, mesh = tiny_model.model(), tiny_model.one_device()
+  folder = epath.Path(tmp_path)
+  checkpoint.save_model(folder, model)
+
+  def starved(*_: object, **__: object) -> None:
+    raise ValueError("what a library says of it") from cause
+
+  monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", starved)
+  with pytest.raises(ValueError, match="what a library says of it") as caught:
+    checkpoint.load_model(folder, mesh, model.config)
+  assert not isinstance(caught.value, checkpoint.Damaged) and endings.of(caught.value)[0] == endings.MEMORY
