@@ -332,7 +332,10 @@ class _Handler(server.BaseHTTPRequestHandler):
         self._error(404, f"No such object: {bucket}/{name}")
         return
       if self._unwanted(blob, self.query):
-        self._error(304 if "ifGenerationNotMatch" in self.query else 412, "precondition")
+        if "ifGenerationNotMatch" in self.query:
+          self._answer(304)  # Such an answer has no body.
+        else:
+          self._error(412, "precondition")
         return
       if operation == "delete":
         del self.store.blobs[bucket, name]

@@ -1,6 +1,8 @@
 """What a run keeps, in an object store: artifacts, training sets and train states, with faults of every kind."""
 
 from collections.abc import Callable, Sequence
+import http.client
+import os
 
 from etils import epath
 import fake_gcs
@@ -125,6 +127,18 @@ def test_a_training_set_is_read_from_a_store(store: fake_gcs.Store, tmp_path: ep
   del store.blobs["bucket", name]
   with pytest.raises(ValueError, match=rf"gs://bucket/{name} is missing"):
     dataset.batches(RUN / "m1" / "dataset", 3, seed=0)
+
+
+def test_the_stores_answers_end_where_the_next_begins(store: fake_gcs.Store) -> None:
+  blob = store.put("bucket", "a", b"abc")
+  client = http.client.HTTPConnection(os.environ["STORAGE_EMULATOR_HOST"].removeprefix("http://"))
+  found = []
+  for query in (f"?alt=media&ifGenerationNotMatch={blob.generation}", "?alt=media", "?ifGenerationMatch=1", ""):
+    client.request("GET", f"/storage/v1/b/bucket/o/a{query}")
+    answer = client.getresponse()
+    found.append((answer.status, len(answer.read()) > 0))
+  client.close()
+  assert found == [(304, False), (200, True), (412, True), (200, True)]
 
 
 def test_lines_are_read_from_a_store(store: fake_gcs.Store) -> None:
