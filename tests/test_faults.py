@@ -1,7 +1,7 @@
 """The fault campaign: `pytest -m faults tests/test_faults.py -s`. What it tries, and what became of it, is a table.
 
-SRLM_FAULTS_OUT=FOLDER keeps the table and what bad cases said; SRLM_FAULTS_SHARE=0.1 tries a tenth of all,
-SRLM_FAULTS_SEED draws other moments, files and bits, and SRLM_FAULTS_PROGRAMS=FOLDER keeps the compiled programs.
+SRLM_FAULTS_OUT=FOLDER keeps the table and what bad cases said; SRLM_FAULTS_SHARE=0.1 tries a tenth of all
+(0.3: all kills, and 0.3 of the rest), SRLM_FAULTS_SEED draws other moments, files and bits, and SRLM_FAULTS_PROGRAMS=FOLDER keeps the compiled programs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +177,8 @@ def killed(whole: Whole, workdir: pathlib.Path, moments: Sequence[Moment], table
   same &= campaign.outcome(workdir) == whole.outcome and campaign.result(workdir) == whole.result
   for place in places:
     table.add("kill -9", place, "survived" if same else "lost", last.said)
-  assert steps_again <= 50, "more training steps were done again than lie between two saved states"
+  # At most an interval, and the one before it where its state was still being saved.
+  assert steps_again < 2 * 50, f"{steps_again} training steps were done again: states are saved every 50"
 
 
 def moments(whole: Whole, how: str, rng: random.Random) -> list[Moment]:
@@ -199,13 +200,13 @@ def test_kills_at_any_moment_lose_nothing(whole: Whole, table: campaign.Table, t
   rng = drawn("kills")
   side_by_side(killed, [(whole, tmp_path / how, share_of(moments(whole, how, rng)), table) for how in ("time", "call")])
   counts = {place: row["tried"] for (kind, place), row in table.rows.items() if kind == "kill -9"}
-  if SHARE == 1:
+  if SHARE > 0.25:
     assert sum(counts.values()) >= 50 and set(counts) >= set(whole.steps) - {"report"}, counts
 
 
 def share_of(moments: list[Moment]) -> list[Moment]:
-  """The first of them; a chain of kills stays a chain."""
-  return moments[: max(2, round(SHARE * len(moments)))]
+  """All of them, of small shares the first ones: a chain of kills stays a chain."""
+  return moments if SHARE > 0.25 else moments[: max(2, round(SHARE * len(moments)))]
 
 
 # Damaged files
