@@ -1,7 +1,8 @@
 """The fault campaign: `pytest -m faults tests/test_faults.py -s`. What it tries, and what became of it, is a table.
 
 SRLM_FAULTS_OUT=FOLDER keeps the table and what bad cases said; SRLM_FAULTS_SHARE=0.1 tries a tenth of all
-(0.3: all kills, and 0.3 of the rest), SRLM_FAULTS_SEED draws other moments, files and bits, and SRLM_FAULTS_PROGRAMS=FOLDER keeps the compiled programs.
+(0.3: all kills, and 0.3 of the rest), SRLM_FAULTS_SEED draws other moments, files and bits, and
+SRLM_FAULTS_PROGRAMS=FOLDER keeps the compiled programs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
