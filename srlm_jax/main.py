@@ -258,8 +258,7 @@ def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str
 
 
 def _log_to_stderr() -> None:
-  """Our own messages, and of the libraries (Orbax, TFDS) warnings alone."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  """Our own messages; of the libraries (Orbax, TFDS) there are warnings alone."""
   ours = logging.getLogger("srlm_jax")
   handler = logging.StreamHandler()
   who = "" if distributed.writes() else f"{distributed.name()}: "
@@ -316,6 +315,7 @@ def main(argv: Sequence[str]) -> None:
     raise _refused("human-eval needs --model and --against, two evaluated models, and --out, the page to write.")
   if stage == "human-eval-read" and not (_KEY.value and _VOTES.value):
     raise _refused("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
+  absl_logging.set_verbosity(absl_logging.WARNING)  # Before anything of JAX's speaks.
   if _CACHE.value:
     compiled.keep_in(pathlib.Path(_CACHE.value).expanduser())
   writes = stage == "all" or stage in steps.STAGES or stage in commands.COMMANDS
@@ -369,6 +369,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
       _CONFIG.value.to_dict()  # A file that could not be read is no error before it is used.
+  except SystemExit:  # absl has shown its help, and would end with 1.
+    sys.exit(endings.DONE)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     if any(re.match("--?debug", argument) for argument in argv):
       raise

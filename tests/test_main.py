@@ -81,9 +81,10 @@ WRONG_FLAGS = {
 }
 
 
-def test_a_wrong_flag_ends_the_program_in_a_sentence() -> None:
+def test_a_wrong_flag_ends_the_program_in_a_sentence_and_help_is_none() -> None:
   each = (  # A process for each, of one that has imported everything already: flags are read once in a process.
-    "import os, sys\nfrom srlm_jax import main\n"
+    "import os, sys\nfrom absl import app\nfrom srlm_jax import main\n"
+    "app.define_help_flags()\n"
     "smoke, *wrong = sys.argv[1:]\n"
     "for flag in wrong:\n"
     "  if not (child := os.fork()):\n"
@@ -92,9 +93,10 @@ def test_a_wrong_flag_ends_the_program_in_a_sentence() -> None:
     "    main._parse(sys.argv)\n"
     "  print('code', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)\n"
   )
-  done = subprocess.run([sys.executable, "-c", each, SMOKE, *WRONG_FLAGS], cwd=ROOT, capture_output=True, text=True)
+  flags = [*WRONG_FLAGS, "--help"]
+  done = subprocess.run([sys.executable, "-c", each, SMOKE, *flags], cwd=ROOT, capture_output=True, text=True)
   said = [line for line in done.stderr.splitlines() if line.startswith(("srlm: ", "code "))]
-  assert said == [line for message in WRONG_FLAGS.values() for line in (message, "code 2")]
+  assert said == [*(line for message in WRONG_FLAGS.values() for line in (message, "code 2")), "code 0"]
 
 
 @pytest.mark.parametrize(
