@@ -318,7 +318,7 @@ def judged(attempt: "Attempt", path: str, same: bool, whole: bool) -> str:
     return "found"
   if went_on and same and (whole or any(part in path for part in (*SHOWN_BY_WEIGHTS, *READ_BY_NONE))):
     return "harmless"
-  return "silent" if went_on else "lost"
+  return "silent" if went_on and not named else "lost"
 
 
 class Table:

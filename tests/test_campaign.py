@@ -60,7 +60,7 @@ def test_a_flipped_bit_shows_who_does_not_look(
     (2, "/w/m1/stage.json is damaged", True, False, "found"),
     (2, "something else", True, False, "lost"),
     (0, "/w/m1/stage.json is damaged: it is made again", True, True, "found"),
-    (0, "/w/m1/stage.json is damaged: it is made again", False, True, "silent"),
+    (0, "/w/m1/stage.json is damaged: it is made again", False, True, "lost"),
     (0, "", True, True, "harmless"),
     (0, "", True, False, "silent"),
     (0, "", False, True, "silent"),

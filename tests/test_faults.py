@@ -226,6 +226,10 @@ def hurt(
     file.write_bytes(bad)
     same, attempt = ended(whole, workdir, step)
     gone = not file.exists() or file.read_bytes() != bad
+    if path.endswith("metrics.jsonl"):  # A line of the report is gone for good, and said; the weights are what counts.
+      same |= (workdir / step / "fingerprints.json").exists() and (
+        (workdir / step / "fingerprints.json").read_text() == (whole.workdir / step / "fingerprints.json").read_text()
+      )
   verdict = campaign.judged(attempt, path, same, gone)
   table.add(
     f"{damage}, {place}", campaign.kind_of(path), verdict, f"{path} before {step}, code {attempt.code}\n{attempt.said}"
