@@ -4,6 +4,7 @@ Shapes: B batch, T queries, S keys, P keys before them, K kv heads, G query head
 """
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -23,9 +24,14 @@ KEYS: mesh.Axes = ("batch", "kv_heads", "head_dim", "length")
 VALUES: mesh.Axes = ("batch", "kv_heads", "length", "head_dim")
 
 
-def best_for(platform: str) -> str:
-  """The kind for a platform as `jax.Device.platform` names it."""
-  return {"tpu": "splash", "cpu": "blocked", "gpu": "cudnn"}.get(platform, "xla")
+def best_for(platform: str, capability: str = "") -> str:
+  """The kind for a platform and, of a GPU, its compute capability, as `jax.Device` names them.
+
+  cuDNN has flash attention from 8.0 (Ampere) on; AMD's capabilities are no such numbers ("gfx90a").
+  """
+  if platform == "gpu":
+    return "cudnn" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8 else "xla"
+  return {"tpu": "splash", "cpu": "blocked"}.get(platform, "xla")
 
 
 def causal(

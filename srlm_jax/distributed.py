@@ -231,7 +231,9 @@ def _join() -> bool:
   if count == "1" and "SRLM_COORDINATOR" not in os.environ:
     return False
   if count != "auto" and (missing := [name for name in ("SRLM_COORDINATOR", "SRLM_PROCESS") if name not in os.environ]):
-    sys.exit(f"srlm: SRLM_PROCESSES={count} needs {' and '.join(missing)}, too; SRLM_PROCESSES=auto finds them itself.")
+    needs = f"SRLM_PROCESSES={count} needs {' and '.join(missing)}, too; SRLM_PROCESSES=auto finds them itself."
+    print(f"srlm: {needs}", file=sys.stderr, flush=True)
+    sys.exit(endings.REFUSED)
   signal_abort = ctypes.CDLL(None).signal
   signal_abort(signal.SIGABRT, _on_abort)
   limit = _silent()

@@ -220,6 +220,7 @@ def commit(
     logger.info("%s: %s: %s", out.folder, selection.sentence(trials[-1]), "lost" if trials[-1].lost else "not lost")
     if stop:
       break
+  contest.answers(0)  # Where a run went on, they may have been damaged, and deleted; verdicts that stand ask for none.
   logger.info("%s: of %d candidates that of step %d is the model", out.folder, len(trials), chosen)
   model = modelstore.load(contest.candidate(chosen), settings, mesh, train=True)
   made = selection.facts(trials, section.patience, steps, contest.who.name)

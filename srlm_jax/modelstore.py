@@ -75,7 +75,10 @@ def model_config(artifact: artifacts.Artifact, settings: config_dict.ConfigDict,
 
 def attention_kind(settings: config_dict.ConfigDict, platform: str) -> str:
   """The kind of attention that the configuration asks for, on a platform as `jax.Device.platform` names it."""
-  return attention.best_for(platform) if settings.model.attention == "auto" else settings.model.attention
+  if settings.model.attention != "auto":
+    return settings.model.attention
+  capability = jax.local_devices()[0].compute_capability if platform == "gpu" else ""
+  return attention.best_for(platform, capability)
 
 
 def load(

@@ -67,8 +67,9 @@ def _config(
   return config and dataclasses.replace(config, dtype=how.dtype, param_dtype=how.param_dtype)
 
 
-def _size(folder: epath.Path) -> int:
-  """Bytes of all files below a folder."""
-  if not folder.exists():
+def _size(path: epath.Path) -> int:
+  """Bytes of a file, or of all below a folder; 0 for what is not there, or no more: others may be at work there."""
+  try:
+    return sum(map(_size, path.iterdir())) if path.is_dir() else path.stat().length
+  except FileNotFoundError:
     return 0
-  return sum(_size(path) if path.is_dir() else path.stat().length for path in folder.iterdir())

@@ -193,10 +193,14 @@ class Watch:
     """Saves the batches of the skipped steps in a row, of which `step` is the last, and says where they are."""
     steps = range(step - self._skipped + 1, step + 1)
     paths = [self.folder / f"bad_batch_step_{one}.npz" for one in steps]
-    for one, path in zip(steps, paths, strict=True) if distributed.writes() else ():
-      file, arrays = io.BytesIO(), dict[str, Any](self._batches[one - 1])
-      np.savez(file, **arrays)
-      storage.write(path, file.getvalue())
+
+    def keep() -> None:
+      for one, path in zip(steps, paths, strict=True):
+        file, arrays = io.BytesIO(), dict[str, Any](self._batches[one - 1])
+        np.savez(file, **arrays)
+        storage.write(path, file.getvalue())
+
+    distributed.first(f"keep the bad batches in {self.folder}", keep)  # Else the others' end would come before its.
     return (
       f"{self.folder}: loss or gradients of {len(steps)} steps in a row, up to step {step}, are not finite. Nothing "
       f"of them is in the weights or in what is saved. Their batches are in {', '.join(path.name for path in paths)}: "

@@ -14,7 +14,9 @@ GPU = {
 
 
 def with_gpu_flags(given: str) -> str:
-  """These flags, and those of GPU that they do not name."""
+  """These flags, and those of GPU that they do not name; a file's name, which XLA takes in their place, stays alone."""
+  if given.strip() and not given.strip().startswith("-"):
+    return given
   named = {flag.split("=", 1)[0].lstrip("-") for flag in given.split()}
   return " ".join([*given.split(), *(f"--{name}={value}" for name, value in GPU.items() if name not in named)])
 

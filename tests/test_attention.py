@@ -152,4 +152,6 @@ def test_cudnn_is_asked_for_the_same_attention(
 
 
 def test_the_best_kind_of_a_platform() -> None:
-  assert [attention.best_for(name) for name in ("tpu", "gpu", "cpu")] == ["splash", "cudnn", "blocked"]
+  assert [attention.best_for(name) for name in ("tpu", "cpu")] == ["splash", "blocked"]
+  kinds = {"7.5": "xla", "8.0": "cudnn", "9.0": "cudnn", "12.0": "cudnn", "gfx942": "xla", "": "xla"}
+  assert {name: attention.best_for("gpu", name) for name in kinds} == kinds

@@ -212,7 +212,7 @@ def test_what_the_environment_lacks_is_said() -> None:
     [sys.executable, "-c", "from srlm_jax import distributed\nwith distributed.session(): pass"],
     cwd=ROOT, env={**os.environ, "SRLM_PROCESSES": "2"}, capture_output=True, text=True,
   )  # fmt: skip
-  assert done.returncode == 1 and "SRLM_PROCESSES=2 needs SRLM_COORDINATOR and SRLM_PROCESS" in done.stderr
+  assert done.returncode == 2 and "SRLM_PROCESSES=2 needs SRLM_COORDINATOR and SRLM_PROCESS" in done.stderr
 
 
 def test_where_nobody_gets_anywhere_all_end_and_say_where_they_are(tmp_path: pathlib.Path) -> None:

@@ -285,6 +285,17 @@ def test_killed_between_any_two_parts_it_ends_the_same(
   assert set(killed.asked) == {2, 4, 6} and killed.asked == sorted(killed.asked)  # Training never goes back.
 
 
+def test_answers_of_the_parent_that_were_damaged_are_made_again(tmp_path: epath.Path, scripted: list[str]) -> None:
+  stage = Stage(epath.Path(tmp_path))
+  stage.run(worse=[6])
+  digest = stage.out.digest()
+  (stage.out.folder / "manifest.json").unlink()  # As if it had been killed before its end.
+  (stage.out.folder / "answers-000000-00000-of-00002.jsonl").write_text("damaged")
+  stage.out = artifacts.Artifact(stage.out.folder, {}, stage.out.inputs)
+  stage.run(worse=[6])
+  assert stage.out.digest() == digest
+
+
 def test_real_training_is_the_same_in_pieces_and_after_kills(
   tmp_path: epath.Path, scripted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

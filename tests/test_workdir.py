@@ -143,6 +143,22 @@ def test_the_room_that_70b_takes_is_known_before_it_starts(
     workdir.check_room(epath.Path(tmp_path / "run"), needs)
 
 
+def test_what_goes_while_it_is_counted_takes_no_room(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  for name in ("kept", "gone"):
+    (tmp_path / name).write_bytes(b"12345")
+  kind = type(epath.Path(tmp_path))
+  look = kind.stat
+
+  def stat(path: epath.Path):
+    if path.name == "gone":
+      (tmp_path / "gone").unlink(missing_ok=True)
+    return look(path)
+
+  monkeypatch.setattr(kind, "stat", stat)
+  assert room._size(epath.Path(tmp_path)) == 5
+  assert room._size(epath.Path(tmp_path / "none")) == 0
+
+
 def test_what_is_there_already_takes_no_room_again(tmp_path: pathlib.Path) -> None:
   settings, place = config.base(), epath.Path(tmp_path)
   settings.base.kind, settings.base.size = "random", "smoke"

@@ -14,6 +14,7 @@ def test_own_flags_stay_and_win() -> None:
   own = "--xla_gpu_enable_triton_gemm=true --xla_force_host_platform_device_count=2"
   found = xla_flags.with_gpu_flags(own).split()
   assert found[:2] == own.split() and len(found) == 2 + len(xla_flags.GPU) - 1
+  assert xla_flags.with_gpu_flags("/etc/xla.flags") == "/etc/xla.flags"
 
 
 @pytest.mark.parametrize("installed", [True, False])
