@@ -158,9 +158,12 @@ class Lease:
     """Gives it back."""
     self._over.set()
     self._thread.join()
-    found = _read(self._path)
-    if found is not None and self._ours(found):
-      self._path.unlink()
+    try:
+      found = _read(self._path)
+      if found is not None and self._ours(found):
+        self._path.unlink()
+    except Exception as error:  # noqa: BLE001  # How the work ended says more, and the lease runs out by itself.
+      logger.warning("%s could not be deleted: %s", self._path, endings.first_line(error))
 
   def _ours(self, text: str) -> bool:
     return f'"{self._holder["token"]}"' in text
@@ -174,9 +177,7 @@ class Lease:
       try:
         if not self.beat():
           return
-      except Exception as error:
-        if endings.of(error)[0] != endings.STORAGE:
-          raise
+      except Exception as error:  # noqa: BLE001  # Whatever it is: a lease that nobody shows is soon another run's.
         logger.warning("%s could not be written: %s", self._path, endings.first_line(error))  # At the next beat, then.
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 from etils import epath
 import pytest
@@ -104,6 +105,34 @@ def test_a_lease_that_another_one_took_ends_the_run(leased: Leased) -> None:
   assert not lease.beat() and leased.waited[-1] == '{"token": "theirs"}'
   lease.release()
   assert leased.path.exists()  # It is not ours to delete.
+
+
+def test_no_error_of_a_store_ends_the_signs_of_life(leased: Leased, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(workdir, "BEAT", 0.01)
+  lease, write = leased.lease("mine"), workdir.storage.write
+  errors = [OSError("Forbidden: for now"), FileNotFoundError("no such bucket, for now"), RuntimeError("?")]
+  shown = threading.Event()
+
+  def failing(path: epath.Path, text: str) -> None:
+    if lease._beats > 1 and errors:
+      raise errors.pop()
+    write(path, text)
+    if not errors:
+      shown.set()
+
+  monkeypatch.setattr(workdir.storage, "write", failing)
+  assert lease.take() is None and shown.wait(60)
+  lease.release()
+
+
+def test_a_lease_that_cannot_be_given_back_is_no_end_of_a_run(
+  leased: Leased, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  lease = leased.lease("mine")
+  assert lease.take() is None
+  monkeypatch.setattr(workdir, "_read", lambda path: 1 / 0)
+  lease.release()
+  assert "lock.json could not be deleted" in caplog.text
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
