@@ -84,8 +84,8 @@ def test_a_tokenizer_of_another_size(size: int, model: pathlib.Path, tmp_path: p
 
 def test_an_embedding_with_far_more_rows_than_tokens(tmp_path: pathlib.Path) -> None:
   tiny_model.words().save(epath.Path(tmp_path / "words"))
-  convert.export_hf(tiny_model.model(vocab_size=2048), tmp_path / "hf", tmp_path / "words")
-  assert "the tokenizer has 320 tokens, the model's embedding 2048 rows" in refused({"base.path": tmp_path / "hf"})
+  convert.export_hf(tiny_model.model(vocab_size=8192), tmp_path / "hf", tmp_path / "words")
+  assert "the tokenizer has 320 tokens, the model's embedding 8192 rows" in refused({"base.path": tmp_path / "hf"})
 
 
 def test_a_chat_template_that_is_missing(model: pathlib.Path) -> None:
