@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 from srlm_jax import endings
 
 STOPS = {signal.SIGTERM: endings.AGAIN, signal.SIGINT: endings.INTERRUPTED}
 
 _came: list[signal.Signals] = []  # The first of them decides the exit code.
+_before: dict[signal.Signals, Any] = {}  # The handlers that `session` stands in for.
 
 
 def grace() -> float:
@@ -57,7 +59,7 @@ def session(patient: bool, leave: Callable[[str, int], object]) -> Iterator[None
   # Python writes each signal's number here as it comes, if only there is some handler. What a shell made this process
   # ignore (Ctrl-C, of what runs in a script's background) stays ignored.
   heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-  before = {number: signal.signal(number, lambda *_: None) for number in heard}
+  _before.update({number: signal.signal(number, lambda *_: None) for number in heard})
   fd = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
   thread = threading.Thread(target=_listen, args=(reading, patient, leave), name="srlm signals", daemon=True)
   thread.start()
@@ -65,12 +67,21 @@ def session(patient: bool, leave: Callable[[str, int], object]) -> Iterator[None
     yield
   finally:
     if not _came:  # Else the grace goes on, and the handlers with it, to the end of the process.
-      signal.set_wakeup_fd(fd)
-      for number, handler in before.items():
-        signal.signal(number, handler)
+      _restore(fd)
       writing.close()
       thread.join()
       reading.close()
+
+
+def _restore(fd: int) -> None:
+  signal.set_wakeup_fd(fd)
+  for number, handler in _before.items():
+    signal.signal(number, handler)
+  _before.clear()
+
+
+# A library's child would tell this process of its own signals, and hear none itself.
+os.register_at_fork(after_in_child=lambda: _restore(-1) if _before else None)
 
 
 def _listen(reading: socket.socket, patient: bool, leave: Callable[[str, int], object]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import errno
 import json
 import logging
 from logging import handlers
@@ -81,6 +82,11 @@ def _take_flock(folder: epath.Path, me: Mapping[str, object], held: contextlib.E
     lock.acquire(timeout=0)
   except filelock.Timeout:
     return _read(folder / "lock.json") or ""
+  except OSError as error:
+    if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+      raise
+    logger.warning("%s lies where no file can be locked (%s): a second run in it would not be noticed.", folder, error)
+    return None
   held.callback(lock.release)
   storage.write(folder / "lock.json", json.dumps(me))
   return None

@@ -140,3 +140,20 @@ def test_where_nothing_came_all_is_as_before() -> None:
   assert [signal.getsignal(number) for number in interruption.STOPS] == before
   assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
   assert interruption.STOPS[signal.SIGTERM] == endings.AGAIN
+
+
+FORKS = """
+import os, signal
+from srlm_jax import interruption
+with interruption.session(True, lambda *_: None):
+  if not (child := os.fork()):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
+  ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  print(ended, interruption.asked())
+"""
+
+
+def test_a_childs_signals_are_its_own() -> None:
+  done = subprocess.run([sys.executable, "-c", FORKS], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == [str(-signal.SIGTERM), "False"]

@@ -1,14 +1,15 @@
-"""The whole loop on the smoke variant of the tiny world: once undisturbed, once interrupted in every stage."""
+"""The whole loop on the smoke variant of the tiny world: undisturbed, interrupted in every stage, and in a store."""
 
 import importlib.util
 import json
 import pathlib
 
 from etils import epath
+import fake_gcs
 import pytest
 import tiny_model
 
-from srlm_jax import artifacts, main, mesh as mesh_lib, records, steps, train_loop, world, world_judges
+from srlm_jax import artifacts, digests, main, mesh as mesh_lib, records, steps, train_loop, world, world_judges
 
 ROOT = pathlib.Path(__file__).parents[1]
 LOOP = ("prompts", "responses", "judge", "pairs", "dpo")
@@ -198,3 +199,27 @@ def test_interrupted_in_every_stage_it_ends_with_the_same_pairs(run, tmp_path, m
       continue
   assert len(interrupted) > 25
   assert outcome(workdir) == outcome(run)
+
+
+def below(folder):
+  for path in folder.iterdir():
+    yield from below(path) if path.is_dir() else (path,)
+
+
+def without_weights(names):
+  """Orbax names the files of weights at random."""
+  return sorted(name for name in names if "/weights/" not in name)
+
+
+@pytest.mark.slow
+def test_in_a_store_that_fails_now_and_then_it_is_the_run_on_a_disk(store: fake_gcs.Store, run):
+  store.weather = 97
+  workdir = epath.Path("gs://bucket/run")
+  main.run_steps(smoke(), workdir, "all")
+  assert store.counts.total() > 1000
+  for name, value in outcome(run).items():
+    if isinstance(name, str):  # An artifact; the rest are their files.
+      assert digests.unseal((workdir / name / "manifest.json").read_bytes())["digest"] == value, name
+  assert "M3" in (workdir / "report" / "report.html").read_text()
+  names = [f"run/{path.relative_to(run)}" for path in below(run)]
+  assert without_weights(store.names("bucket", "run/")) == without_weights(names)

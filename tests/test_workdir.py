@@ -1,6 +1,7 @@
 """One run in a work directory at a time, on a disk that holds what it writes; logs of bounded size."""
 
 from collections.abc import Iterator
+import errno
 import json
 import logging
 import pathlib
@@ -11,6 +12,7 @@ import sys
 import threading
 
 from etils import epath
+import filelock
 import pytest
 import tiny_model
 
@@ -40,6 +42,18 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: pathlib.Path) -> None
   for _ in range(2):  # The kernel gives it back at a kill, and we at the end.
     with workdir.locked(epath.Path(folder), "srlm judge"):
       assert json.loads((folder / "lock.json").read_text())["what"] == "srlm judge"
+
+
+def test_where_nothing_can_be_locked_it_is_said(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+  def acquire(self, timeout):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+  with caplog.at_level("WARNING", "srlm_jax"), workdir.locked(epath.Path(tmp_path / "run"), "srlm judge"):
+    pass
+  assert "a second run in it would not be noticed" in caplog.text
 
 
 class Leased:
