@@ -170,6 +170,8 @@ def load_model(folder: epath.Path, mesh: jax.sharding.Mesh, config: llama.LlamaC
   """
   abstract = abstract_model(config, mesh)
   wanted, path = named_leaves(abstract), folder / "weights"
+  if not path.is_dir():  # Orbax warns of this in sentences of its own.
+    raise Damaged(f"{path} is missing: delete {folder} and make it again.")
   damaged = f"{path} is damaged: delete {folder} and make it again"
   with ocp.StandardCheckpointer() as checkpointer:
     with _reading(damaged):

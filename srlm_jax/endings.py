@@ -41,7 +41,7 @@ _STORES = (
   "google.cloud",
   "google.api_core",
 )  # Their errors are a store's.
-_NAMES_A_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NAMES_A_FILE = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _AGAIN = "The same command goes on from here."
 
 

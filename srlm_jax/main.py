@@ -296,7 +296,7 @@ def main(argv: Sequence[str]) -> None:
     raise _refused("compare needs --runs, work directories with commas between, and --out, the page to write.")
   if _CONFIG.value is None and stage not in ("compare", "human-eval-read"):
     raise _refused("--config is missing: a file such as configs/tiny.py.")
-  if _WORKDIR.value is None and stage not in ("stages", "plan", "compare", "human-eval-read"):
+  if not _WORKDIR.value and stage not in ("stages", "plan", "compare", "human-eval-read"):
     raise _refused("--workdir is missing: the folder where this run keeps its artifacts.")
   if stage == "plan" and not (_TOPOLOGY.value or _CONFIG.value.topology):
     raise _refused("plan needs --topology: v5p:4x4x4, say, or auto.")
@@ -317,7 +317,9 @@ def main(argv: Sequence[str]) -> None:
     raise _refused("human-eval-read needs --key, the page's .key.json, and --votes, files that the page saved.")
   absl_logging.set_verbosity(absl_logging.WARNING)  # Before anything of JAX's speaks.
   if _CACHE.value:
-    compiled.keep_in(pathlib.Path(_CACHE.value).expanduser())
+    if (cache := pathlib.Path(_CACHE.value).expanduser()).is_file():
+      raise _refused(f"--compilation_cache={_CACHE.value} is a file: name a folder, or nothing for none.")
+    compiled.keep_in(cache)
   writes = stage == "all" or stage in steps.STAGES or stage in commands.COMMANDS
   with interruption.session(patient=writes, leave=distributed.part), distributed.session():
     _log_to_stderr()
@@ -371,16 +373,20 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
       _CONFIG.value.to_dict()  # A file that could not be read is no error before it is used.
   except SystemExit:  # absl has shown its help, and would end with 1.
     sys.exit(endings.DONE)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
     if any(re.match("--?debug", argument) for argument in argv):
       raise
     text = str(error.args[0] if error.args else error)
-    if text.startswith("'\\'"):  # Of a key inside a section: the message of another KeyError, quoted.
+    if text.startswith(("'\\'", "\"'")):  # Of a key inside a section: the message of another KeyError, quoted.
       text = str(ast.literal_eval(text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = " ".join(lines)
     if "Traceback (most recent call last):" in lines:  # A configuration that raises: its error is in the last line.
       told = lines[-1].partition(": ")[2]
+    elif isinstance(error, SyntaxError):
+      told = f"--config: {error.filename}, line {error.lineno}: {error.msg}. It must be a Python file."
+    elif key := re.fullmatch(r"('[^']*')(.*)", told):  # Of a key that no section has.
+      told = f"the configuration has no key {key[1]}.{key[2]}"
     elif isinstance(error, OSError):
       told = f"--config: {lines[-1]}"  # The rest is about the ways in which it was looked for.
     print(f"srlm: {told}\n`srlm --help` lists the stages.", file=sys.stderr, flush=True)

@@ -74,6 +74,11 @@ def test_another_shape_or_dtype_is_refused(folder: epath.Path, changes: dict[str
     checkpoint.load_model(folder, tiny_model.one_device(), dataclasses.replace(tiny_model.CONFIG, **changes))
 
 
+def test_missing_weights_are_said_in_one_sentence(tmp_path: epath.Path) -> None:
+  with pytest.raises(checkpoint.Damaged, match=f"{tmp_path}/weights is missing: delete {tmp_path} and make it again"):
+    checkpoint.load_model(epath.Path(tmp_path), mesh_lib.make_mesh(fsdp=8), tiny_model.CONFIG)
+
+
 def test_a_llama_3_config_comes_back() -> None:
   scaled = dataclasses.replace(tiny_model.CONFIG, rope_scaling=llama.RopeScaling(8.0, 1.0, 4.0, 64))
   for config in (scaled, tiny_model.CONFIG):

@@ -44,6 +44,8 @@ def test_what_this_package_refuses_is_2(tmp_path: pathlib.Path) -> None:
   assert code == endings.REFUSED and message.startswith(f"{tmp_path / 'prompts.jsonl'}, line 1: not a Prompt")
   error = raised((tmp_path / "nowhere.jsonl").read_text)
   assert isinstance(error, FileNotFoundError) and endings.of(error) == (endings.REFUSED, str(error))
+  error = raised((tmp_path / "prompts.jsonl").mkdir)
+  assert isinstance(error, FileExistsError) and endings.of(error) == (endings.REFUSED, str(error))
 
 
 def refuse() -> None:
