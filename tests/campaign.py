@@ -167,6 +167,7 @@ def child(
   if "jax" in sys.modules:  # It has read its environment; it has not begun to use it.
     sys.modules["jax"].config.update("jax_platforms", "cpu")
     sys.modules["jax"].config.update(least.lower(), 0.0)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell that starts tests in the background ignores it.
   sys.argv = ["srlm", *arguments]
   out = os.open(f"{place}/said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(out, 1)
