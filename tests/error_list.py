@@ -29,7 +29,7 @@ NOTES = "SRLM_ERROR_NOTES"  # The file in which processes note what was reached.
 SHOWN = 2  # Tests that are named for each message, at the most.
 COMMAND = "launch/test.sh --error-list=tests/ERRORS.md"
 
-UNTESTED = 19  # Messages without a test or a reason, at the most: to be lowered with the list.
+UNTESTED = 0  # Messages without a test or a reason, at the most: to be lowered with the list.
 
 # Messages that no test here can raise, by module and beginning, each with the reason.
 UNREACHED: dict[tuple[str, str], str] = {}

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 TOGETHER = """
 import jax, jax.numpy as jnp, numpy as np
-from srlm_jax import distributed, mesh
+from srlm_jax import distributed, endings, mesh
 with distributed.session():
   who = jax.process_index()
   assert (jax.process_count(), jax.device_count()) == (2, 4)
@@ -25,7 +26,14 @@ with distributed.session():
   assert not array.is_fully_addressable
   np.testing.assert_array_equal(np.asarray(distributed.whole(array * 2)), np.arange(8.0) * 2)
   distributed.barrier("done")
-  print(distributed.name(), distributed.writes())
+  try:  # Each waits for a moment for what the other does not do.
+    if distributed.writes():
+      distributed.barrier("the other", 0.1)
+    else:
+      distributed.NEVER = 1
+      distributed.agree("the first", 1)
+  except endings.PeerLost as error:
+    print(distributed.name(), distributed.writes(), error)
 """
 SHARED_OUT = """
 import pathlib, sys, time
@@ -168,7 +176,8 @@ def end(code: str, place: pathlib.Path, **more: str) -> tuple[list[int], list[st
 def test_two_processes_agree_and_read_what_lies_in_parts(tmp_path: pathlib.Path) -> None:
   codes, said, errors = end(TOGETHER, tmp_path)
   assert codes == [0, 0], errors
-  assert said == ["process 0 of 2 True", "process 1 of 2 False"]
+  assert said[0].startswith("process 0 of 2 True process 1 did not come to 'the other' in 0.1 s (")
+  assert said[1].startswith("process 1 of 2 False process 0 did not finish 'the first': ")
 
 
 def test_shards_are_shared_out_and_finished_ones_are_not_done_again(tmp_path: pathlib.Path) -> None:
@@ -238,3 +247,13 @@ def test_alone_it_does_nothing() -> None:
   assert distributed.writes() and not distributed.name()
   assert distributed.agree("x", [1]) == [1] and distributed.gather("x", 1) == [1]
   distributed.barrier("nobody")
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+  from srlm_jax import distributed
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(RuntimeError, match="2 processes that do not know each other: set SRLM_PROCESSES=auto"):
+    distributed.agree("x", 1)
+  with distributed.alone():
+    assert distributed.agree("x", 1) == 1

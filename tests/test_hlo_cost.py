@@ -111,3 +111,8 @@ ENTRY %main (x: bf16[1,2,16], w: bf16[3,16,5]) -> bf16[3,2,5] {
 def test_brackets_that_do_not_close_are_an_error() -> None:
   with pytest.raises(ValueError, match="unbalanced brackets in the compiler's output"):
     hlo._closing("f(a, (b)", 1)
+
+
+def test_a_text_without_its_entry_is_an_error() -> None:
+  with pytest.raises(ValueError, match="the compiled program's text has no ENTRY computation"):
+    hlo.parse(LOOP.partition("ENTRY")[0])

@@ -291,7 +291,11 @@ def test_every_size_divides_over_a_pod() -> None:
 
 
 @pytest.mark.parametrize(
-  "changes", [dict(kv_heads=3), dict(head_dim=7), dict(dropout=1.0), dict(dropout=-0.1), dict(remat="some")]
+  "changes",
+  [
+    *(dict(kv_heads=3), dict(head_dim=7), dict(dropout=1.0), dict(dropout=-0.1)),
+    *(dict(remat="some"), dict(attention="sparse")),
+  ],
 )
 def test_config_refuses(changes: dict[str, object]) -> None:
   with pytest.raises(ValueError, match=next(iter(changes))):

@@ -10,10 +10,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 from absl import app, flags, logging as absl_logging
 from absl.testing import flagsaver
 from etils import epath
+import jax
+from jax.experimental import topologies
 import pytest
 import tiny_model
 
@@ -115,6 +118,7 @@ def test_a_wrong_flag_ends_the_program_in_a_sentence_and_help_is_none() -> None:
     (["human-eval"], {"config": SMOKE, "workdir": "w", "model": "m2"}, "human-eval needs --model and --against"),
     (["human-eval-read"], {"key": "page.key.json"}, "human-eval-read needs --key"),
     (["evaluation"], {}, "'evaluation' is not a stage. Did you mean 'evaluate'?"),
+    (["export"], {"config": SMOKE, "workdir": "w", "model": "m1"}, "export needs --model, a finished model, and --out"),
     (["reward"], {"config": SMOKE, "workdir": "w"}, "reward needs --model: a finished model, endpoint, or"),
     (["evaluate", "mtbench"], {}, "'evaluate mtbench' is not a stage. Did you mean 'evaluate mt-bench'?"),
     (["evaluate", "mt-bench", "m2"], {}, "exactly one stage is wanted, got evaluate mt-bench m2"),
@@ -204,6 +208,28 @@ def test_export_says_how_to_serve_the_model(
   assert caplog.messages[-1].endswith(
     f": vllm serve {tmp_path}/out --served-model-name {name} --generation-config vllm"
   )
+  with pytest.raises(ValueError, match=r"'m9' is not a finished model of this work directory\..* Valid: m1"):
+    main.export(config.base(), epath.Path(tmp_path), "m9", str(tmp_path / "other"))
+  assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_that_cannot_be_made_names_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+  settings = config.base()
+  settings.base.size = "llama2_8b"
+  with flagsaver.flagsaver(topology="v5p:2x2x1"), pytest.raises(ValueError, match="'llama2_8b' is not a model size"):
+    main.show_plan(settings)
+  settings.base.size, settings.mesh.tensor = "llama2_7b", 3
+  four = types.SimpleNamespace(devices=jax.devices()[:4])
+  monkeypatch.setattr(topologies, "get_topology_desc", lambda **_: four)  # Without libtpu.
+  monkeypatch.setattr(os, "environ", dict(os.environ))  # What libtpu is told there.
+  known = r"do not multiply to the 4 devices.* that is known to do is --config=FILE:llama2_7b,v5p:2x2x1\."
+  with flagsaver.flagsaver(topology="v5p:2x2x1"), pytest.raises(ValueError, match=known):
+    main.show_plan(settings)
+  with (
+    flagsaver.flagsaver(topology="v5p:2x2x2"),
+    pytest.raises(ValueError, match=r"or set one of the last three to -1\.$"),
+  ):
+    main.show_plan(settings)
 
 
 def test_two_words_run_a_command_on_a_finished_model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,3 +1,6 @@
+import types
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,18 @@ def test_make_mesh_gives_what_is_left_to_the_free_axis() -> None:
 def test_make_mesh_refuses_sizes(sizes: dict[str, int]) -> None:
   with pytest.raises(ValueError, match="mesh sizes"):
     mesh.make_mesh(**sizes)
+
+
+def test_make_mesh_counts_the_slices_of_the_devices() -> None:
+  tpus: Any = [types.SimpleNamespace(platform="tpu", slice_index=number // 4) for number in range(8)]
+  with pytest.raises(ValueError, match=r"'fsdp': 8, .* the devices are of 2 slices: set mesh\.slice=2\."):
+    mesh.make_mesh(devices=tpus)
+
+
+def test_a_mesh_in_an_order_of_its_own_has_no_copies() -> None:
+  assert mesh._copies(mesh.make_mesh()).shape["copy"] == 1
+  with pytest.raises(ValueError, match="orders this process's devices in its own way: make it by make_mesh"):
+    mesh._copies(mesh.make_mesh(devices=jax.devices()[::-1]))
 
 
 def test_spec_follows_the_rules() -> None:

@@ -1,5 +1,6 @@
 """The NLP benchmarks: their file, what is not done again, and the table beside the paper's."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -203,6 +204,21 @@ def test_the_paper_s_tasks_are_lm_eval_s_and_others_are_refused(saved: tuple[art
     nlp.task_manager("", ["arc_esay"])
   with pytest.raises(ValueError, match="'ai2_arc' is a tag of lm-eval"):
     nlp.task_manager("", ["ai2_arc"])
+
+
+def test_a_name_that_is_no_task_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """With tasks of one's own alone: lm-eval's thousands take long to read."""
+  tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval: pip install -e '.[eval]'")
+  monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+  folder = lm_eval_tasks.write(tmp_path / "tasks")
+  with (folder / "own_text.yaml").open("a") as file:
+    file.write("tag: own_tag\n")
+  with pytest.raises(
+    ValueError, match="'own_txet' is not a task of lm-eval. Did you mean 'own_text'.* `lm-eval ls tasks`"
+  ):
+    nlp.task_manager(str(folder), ["own_text", "own_txet"])
+  with pytest.raises(ValueError, match="'own_tag' is a tag of lm-eval, not a task: name the tasks that it stands for"):
+    nlp.task_manager(str(folder), ["own_tag"])
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

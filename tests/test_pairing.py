@@ -1,9 +1,15 @@
 """Pairs: best against worst, and every reason for which there is none."""
 
-import pytest
+import json
+import pathlib
 
-from srlm_jax import pairing
+from etils import epath
+import pytest
+import tiny_model
+
+from srlm_jax import artifacts, config, pairing
 from srlm_jax.records import Judgement, Response, Vote
+from srlm_jax.stages import pairs as pairs_stage
 
 
 def response(sample: int, finished: bool = True, prompt: str = "p") -> Response:
@@ -99,3 +105,21 @@ def test_judgements_of_other_responses_are_refused(judgements: list[Judgement]) 
 def test_perfect_answers_have_the_full_score_and_an_end() -> None:
   groups = {"p": scored(5.0, 5.0, 14 / 3, cut=(1,)), "q": [(response(3, prompt="q"), 5.0)], "r": []}
   assert [(one.prompt_id, one.sample) for one in pairing.perfect(groups, 5.0)] == [("p", 0), ("q", 3)]
+
+
+def test_too_few_pairs_end_the_stage_with_their_reasons(tmp_path: pathlib.Path) -> None:
+  words, made = tiny_model.words(), {}
+  for name in ("m1", "responses", "judgements"):
+    made[name] = artifacts.Artifact(epath.Path(tmp_path / name), {}, {})
+    made[name].begin()
+  words.save(made["m1"].folder / "tokenizer")
+  made["m1"].write("golden.json", json.dumps(words.golden()))
+  made["responses"].write_records("responses-00000-of-00001.jsonl", [response(0), response(1)])
+  made["judgements"].write_records("judgements-00000-of-00001.jsonl", [judgement(0, 4.0), judgement(1, 4.0)])
+  for one in made.values():
+    one.commit({"tokenizer": words.digest})
+  inputs = {"reference": made["m1"], "responses": made["responses"], "judgements": made["judgements"]}
+  out = artifacts.Artifact(epath.Path(tmp_path / "pairs"), {}, inputs)
+  out.begin()
+  with pytest.raises(ValueError, match=r"0 preference pairs, pairs\.min_pairs=\d+ are needed: .*all scores equal': 1"):
+    pairs_stage.run(out, config.base(), tiny_model.one_device())

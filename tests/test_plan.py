@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 
 import jax
+from jax.experimental import topologies
 import pytest
 import tiny_model
 
@@ -35,6 +37,18 @@ def test_topologies_are_read() -> None:
     chips.chip_of("h100:2x2")
   with pytest.raises(ValueError, match="'v5p:big' has no shape: write v5p:4x4x4"):
     chips.size_of("v5p:big")
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+  def missing(**_: object) -> None:
+    raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", missing)
+  monkeypatch.setattr(os, "environ", dict(os.environ))  # What libtpu is told there.
+  with pytest.raises(
+    ValueError, match=r"no TPU compiler for v5p:2x2x1: JAX TPU .* pip install -e '\.\[tpu\]'; slices of v5p: "
+  ):
+    plan.describe("v5p:2x2x1")
 
 
 def test_every_program_of_a_run_lowers() -> None:

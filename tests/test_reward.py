@@ -185,6 +185,15 @@ def test_trees_of_one_s_own_are_judged_and_those_trained_on_are_counted(
     run.reward("m1", trees=str(tmp_path / "few.jsonl"))
 
 
+def test_a_run_that_held_no_replies_back_asks_for_a_file(run: Run) -> None:
+  seed = run.made["seed"] = artifacts.Artifact(run.folder / "other", {}, {})
+  seed.begin()
+  seed.write_records("ranked_heldout.jsonl", [])
+  seed.commit({})
+  with pytest.raises(ValueError, match="/other holds no ranked replies back: give --trees=FILE"):
+    run.reward("m1")
+
+
 def test_an_endpoint_is_measured_and_paid_once(run: Run) -> None:
   loopback = Loopback(lambda body: chat("Score: 3"), path="/v1/chat/completions")
   try:

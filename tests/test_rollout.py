@@ -1,5 +1,7 @@
 """Answering and judging: nobody grades themselves, and what cannot be read is no score."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,6 +205,12 @@ def test_an_expected_score_is_the_digits_weighted_mean(real: rollout.Speaker) ->
   weights = probs[digits] / probs[digits].sum()
   assert found.score == pytest.approx(weights @ np.arange(6), abs=1e-4) and round(found.score, 4) == found.score
   assert len(found.votes) == 1 and weights.max() < 0.99
+
+
+def test_scores_of_several_tokens_have_no_expected_score() -> None:
+  assert len(rollout.score_options(tiny_model.words(), RUBRIC)[1]) == 6
+  with pytest.raises(ValueError, match="scores after 'Score: ' are single tokens; this one encodes them otherwise"):
+    rollout.score_options(tiny_model.words(), dataclasses.replace(RUBRIC, high=10.0))  # "10" is "1" and "0".
 
 
 @pytest.mark.parametrize(("digit", "score"), [(0, 0.0), (5, 5.0)])

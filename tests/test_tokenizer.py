@@ -169,6 +169,12 @@ def test_what_is_no_tokenizer_is_refused(folder: pathlib.Path, tmp_path: pathlib
     tokenizer_lib.load(tmp_path / "bpe")
 
 
+def test_a_tokenizer_that_has_no_fast_kind_is_refused(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+  with pytest.raises(ValueError, match=r"has no fast tokenizer: write its tokenizer\.json with transformers first"):
+    tokenizer_lib.load(tmp_path)
+
+
 def _edited(folder: pathlib.Path, to: pathlib.Path, **fields: object) -> pathlib.Path:
   """The Hugging Face folder with other fields of tokenizer_config.json."""
   shutil.copytree(folder / "bpe", to)

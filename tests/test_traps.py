@@ -85,6 +85,14 @@ class Writer:
     return [prompt.text for prompt in self.out.read_shards("prompts", records.Prompt)]
 
 
+def test_more_demonstrations_than_seed_prompts_are_refused(
+  tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  writer = Writer(epath.Path(tmp_path), monkeypatch, lambda *_: pytest.fail("nothing is asked"))
+  with pytest.raises(ValueError, match="14 demonstrations are wanted of 12 seed prompts: lower prompts.seed_demon"):
+    writer.run(seed_demonstrations=12)
+
+
 def test_the_few_shot_prompt_does_not_grow_with_each_call(
   tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
