@@ -127,7 +127,10 @@ class Artifact:
 
   def _find_problem(self) -> str:
     """What is wrong with the files of a committed folder; "" where nothing is."""
-    for name, entry in self.manifest()["files"].items():
+    files = self.manifest()["files"]
+    if "fingerprints.json" in files and not (self.folder / "weights").exists():
+      return f"{self.folder / 'weights'} is missing"
+    for name, entry in files.items():
       path, done = self.folder / name, self.folder / f"{name}.done"
       for one in (path, done) if "records" in entry else (path,):  # Folders that are committed whole have no `.done`.
         if not one.exists():

@@ -6,6 +6,8 @@ downloaded to be read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import io
 import tempfile
 from typing import SupportsIndex
 
@@ -58,7 +60,8 @@ def _write(folder: epath.Path, rows: Sequence[Row]) -> None:
   tfds.disable_progress_bar()
   with tempfile.TemporaryDirectory() as place:
     local = epath.Path(place) if storage.is_remote(folder) else folder
-    Rows(rows, data_dir=str(local), file_format="array_record").download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # It speaks of downloading, and nothing is.
+      Rows(rows, data_dir=str(local), file_format="array_record").download_and_prepare()
     found = {str(path.relative_to(local)): digests.file_sha256(path) for path in _files(local)}
     if storage.is_remote(folder):
       for name in found:

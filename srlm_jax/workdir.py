@@ -218,10 +218,11 @@ def check_room(folder: epath.Path, needs: Mapping[str, int]) -> None:
     return
   needed, free = sum(needs.values()), shutil.disk_usage(_there(folder)).free
   if free < needed:
-    parts = ", ".join(f"{size / 2**30:,.2f} for {name}" for name, size in needs.items() if size)
+    unit, name_of = (2**30, "GiB") if needed >= 2**30 else (2**20, "MiB")
+    parts = ", ".join(f"{size / unit:,.2f} for {name}" for name, size in needs.items() if size)
     raise ValueError(
-      f"{folder}: the run will write about {needed / 2**30:,.2f} GiB more ({parts}), and its disk has "
-      f"{free / 2**30:,.2f} GiB free. Make room, or give another --workdir."
+      f"{folder}: the run will write about {needed / unit:,.2f} {name_of} more ({parts}), and its disk has "
+      f"{free / unit:,.2f} {name_of} free. Make room, or give another --workdir."
     )
 
 

@@ -328,6 +328,18 @@ def test_a_shard_that_a_store_lost_is_missed_at_once(root: epath.Path, monkeypat
     artifacts.map_shards(out, "prompts", PROMPTS, 3, MESH, lambda: None, lambda _, part: part)
 
 
+def test_weights_that_are_gone_are_missed(root: epath.Path) -> None:
+  out = make(root / "m1")
+  out.begin()
+  out.write("fingerprints.json", "{}")
+  (out.folder / "weights").mkdir()
+  out.commit({})
+  make(root / "m1").verify()
+  (out.folder / "weights").rmtree()
+  with pytest.raises(ValueError, match=r"m1/weights is missing: delete \S+m1 and run its stage again"):
+    make(root / "m1").verify()
+
+
 def test_a_shard_whose_paper_is_gone_is_missed(root: epath.Path) -> None:
   out = make(root / "a")
   out.begin()

@@ -30,6 +30,11 @@ def order(folder: epath.Path, steps: int, size: int = 3, seed: int = 0) -> list[
   return [int(row) for step in range(steps) for row in batches[step]["tokens"][:, 0]]
 
 
+def test_writing_says_nothing(tmp_path: epath.Path, capfd: pytest.CaptureFixture[str]) -> None:
+  dataset.write(tmp_path / "set", ROWS)
+  assert capfd.readouterr().out == ""
+
+
 def test_rows_come_back_as_they_were(folder: epath.Path) -> None:
   batch = dataset.batches(folder, 7, seed=0)[0]
   assert {name: value.dtype for name, value in batch.items()} == {
