@@ -2,7 +2,7 @@
 
   launch/setup.sh test
   .venv/bin/python benchmarks/memory.py --write=memory         # memory.json and memory.png, too
-  .venv/bin/python benchmarks/memory.py --loops=training --batches=5000 --save_every=20
+  .venv/bin/python benchmarks/memory.py --loops=training --steps=5000 --save_every=20
 
 "answers" and "judging": one shard of requests after the other, sampled and written (`artifacts.map_shards`);
 "training": SFT steps with saved states (`train_loop.train`). After each batch the resident set of the process is read,
@@ -49,7 +49,9 @@ from srlm_jax import (
 )
 
 _LOOPS = flags.DEFINE_list("loops", ["answers", "judging", "training"], "What is run.")
-_BATCHES = flags.DEFINE_integer("batches", 1000, "Shards, or train steps, of each.", lower_bound=20)
+_BATCHES = flags.DEFINE_integer("batches", 1000, "Shards of answers, and of judging.", lower_bound=20)
+# A saved state moves the resident set by some MiB; among 20 of them in 1,000 steps that looks like a slope.
+_STEPS = flags.DEFINE_integer("steps", 3000, "Train steps.", lower_bound=20)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 50, "Steps between two saved states.", lower_bound=1)
 _EMBED = flags.DEFINE_integer("embed", 128, "Width of the model.", lower_bound=16)
 _WITHIN = flags.DEFINE_float("within", 32.0, "MiB by which a flat curve may rise in 1,000 batches.")
@@ -172,7 +174,7 @@ def training(folder: epath.Path, mesh: jax.sharding.Mesh, speaker: rollout.Speak
     config=config,
     start=functools.partial(checkpoint.init_model, config, mesh, 0),
     loss_fn=functools.partial(train_step.sft_loss, chunk=0),
-    optimizer=train_step.OptimizerConfig(lr=1e-3, end_lr=1e-4, steps=_BATCHES.value, warmup=10),
+    optimizer=train_step.OptimizerConfig(lr=1e-3, end_lr=1e-4, steps=_STEPS.value, warmup=10),
     batches=Measured(),
     mesh=mesh,
     folder=folder,
