@@ -4,7 +4,7 @@ A train state carries notes: of each leaf a fingerprint of its bits, its norm, s
 lies. A state whose leaves do not fit its notes, or that cannot be read, is damaged: it is said, and the older one used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
 import json
@@ -107,6 +107,11 @@ def unlike(tree: Any, noted: dict[str, dict[str, Any]]) -> list[str]:
     return rest and bool(np.isclose(one["norm"], other["norm"], rtol=1e-2, equal_nan=True))
 
   return sorted(name for name in {*found, *noted} if not same(found.get(name), noted.get(name)))
+
+
+def few(names: Sequence[str]) -> str:
+  """The first three names, and how many more there are: a model may have hundreds."""
+  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def with_shardings(abstract: Tree, mesh: jax.sharding.Mesh) -> Tree:
@@ -226,8 +231,7 @@ class StateStore:
     state = _unname(abstract, leaves)
     changed = unlike(state, noted)
     if changed:
-      names = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-      raise Damaged(f"{folder} is damaged: the bits of {names} are not those that were written")
+      raise Damaged(f"{folder} is damaged: the bits of {few(changed)} are not those that were written")
     return state
 
   def save(self, step: int, state: Any) -> None:

@@ -91,8 +91,8 @@ def load(
   damaged = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
   if damaged:
     raise ValueError(
-      f"{artifact.folder / 'weights'} is damaged: the bits of {', '.join(damaged)} are not those that were written. "
-      f"Delete {artifact.folder} and make it again."
+      f"{artifact.folder / 'weights'} is damaged: the bits of {checkpoint.few(damaged)} are not those that were "
+      f"written. Delete {artifact.folder} and make it again."
     )
   return model
 

@@ -117,6 +117,14 @@ def test_token_ids_of_another_tokenizer_are_refused(saved: artifacts.Artifact) -
     modelstore.same_tokenizer(saved, tiny_model.words(328))
 
 
+def test_of_damaged_weights_a_few_are_named(saved: artifacts.Artifact) -> None:
+  checkpoint.save_model(saved.folder, tiny_model.model(1))
+  with pytest.raises(
+    ValueError, match=r"the bits of \S+, \S+, \S+ and \d+ more are not those that were written. Delete"
+  ):
+    modelstore.load(saved, config.base(), tiny_model.one_device())
+
+
 def test_every_flipped_bit_changes_the_fingerprint():
   rng = np.random.default_rng(0)
   for dtype, width in (("float32", np.uint32), ("bfloat16", np.uint16)):
