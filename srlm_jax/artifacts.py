@@ -291,15 +291,17 @@ class Artifact:
 
   def read_text(self, name: str) -> str:
     """The content of a written file; ValueError where it differs from its digest."""
+    return self._checked(name).decode()
+
+  def _checked(self, name: str) -> bytes:
     try:
-      return self._read_bytes(name).decode()
+      return self._read_bytes(name)
     except Damaged as error:
       raise ValueError(f"{error}: {self._remedy}.") from error
 
   def read(self, name: str, kind: type[records.R]) -> list[records.R]:
-    """The records of one written file."""
-    self.read_text(name)
-    return list(records.read(self.folder / name, kind))
+    """The records of one written file, which is read once, for its digest and for them."""
+    return list(records.read(self.folder / name, kind, self._checked(name)))
 
   def read_shards(self, stem: str, kind: type[records.R]) -> Iterator[records.R]:
     """The records of all shards of `stem`, in order."""

@@ -36,15 +36,19 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DIGITS = 19  # Of an integer of 64 bits.
 
 
-def numbered(path: epath.PathLike) -> Iterator[tuple[int, bytes]]:
+def numbered(path: epath.PathLike, data: bytes | None = None) -> Iterator[tuple[int, bytes]]:
   """Yields the lines of a plain or gzip (.gz) file that are not blank, with their numbers from 1; a UTF-8 mark is cut.
+
+  Args:
+    path: of the file.
+    data: its content, unpacked, where that was read already.
 
   Raises:
     ValueError: no such file, another format, a damaged archive, a NUL byte, or a line longer than LONGEST_LINE.
   """
   path = epath.Path(path)
   number = 0
-  with _opened(path) as file:
+  with _opened(path) if data is None else io.BytesIO(data) as file:
     try:
       while line := file.readline(LONGEST_LINE + 1):
         number += 1

@@ -161,9 +161,12 @@ class Document(Record):
     return self
 
 
-def read(path: epath.PathLike, kind: type[R]) -> Iterator[R]:
-  """Yields the records of a JSON Lines file of ours; ValueError with file, line and rule where one does not fit."""
-  for number, line in lines.numbered(path):
+def read(path: epath.PathLike, kind: type[R], data: bytes | None = None) -> Iterator[R]:
+  """Yields the records of a JSON Lines file of ours; ValueError with file, line and rule where one does not fit.
+
+  Nothing is read where its content is given.
+  """
+  for number, line in lines.numbered(path, data):
     yield _validated(f"{path}, line {number}", line, kind)
 
 

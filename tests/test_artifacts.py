@@ -53,6 +53,21 @@ def test_what_is_written_is_read_again(root: epath.Path) -> None:
   assert (done["records"], done["bytes"]) == (7, len(records.dumps(PROMPTS)))
 
 
+def test_records_are_of_the_bytes_whose_digest_was_compared(root: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  out = make(root / "a")
+  out.begin()
+  out.write_records("prompts.jsonl", PROMPTS)
+  read = artifacts.Artifact._read_bytes
+
+  def once(self: artifacts.Artifact, name: str) -> bytes:
+    found = read(self, name)
+    (self.folder / name).unlink()
+    return found
+
+  monkeypatch.setattr(artifacts.Artifact, "_read_bytes", once)
+  assert out.read("prompts.jsonl", Prompt) == PROMPTS
+
+
 def test_half_a_file_is_none(root: epath.Path) -> None:
   out = make(root / "a")
   out.begin()
