@@ -133,7 +133,7 @@ def state(artifact: artifacts.Artifact) -> str:
 
 
 def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str) -> None:
-  """Runs the steps of a stage ("all": every one). All configurations are checked before any work starts."""
+  """Runs the steps of a stage ("all": every one). Configurations, inputs and room are checked first."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
   planned = steps.plan(settings, workdir, mesh)
   made = steps.artifacts_of(planned, workdir)
@@ -143,19 +143,19 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
   for artifact in made.values():
     artifact.check_config()
   steps.check_start(settings, workdir, mesh, [step for step in chosen if not made[step.folder].done])
-  for step in chosen:  # What is finished is read or kept: damage is found now, and not after hours of work.
-    own = [made[step.folder]] if step.stage != "report" else []
-    for artifact in (*own, *made[step.folder].inputs.values()):
-      if artifact.done:
-        artifact.verify()
-  todo = [step for step in chosen if step.stage == "report" or not made[step.folder].done]
-  if not storage.is_remote(workdir):  # Stores have room, and say when the lock is written what they refuse.
-    workdir_lib.check_writable(workdir)
-    workdir_lib.check_room(workdir, room.needed(settings, workdir, todo, made))
+  workdir_lib.check_writable(workdir)
   with contextlib.ExitStack() as held:
     if stage != "report":  # It may be asked for while a run is at work.
       held.enter_context(workdir_lib.locked(workdir, f"srlm {stage}"))
       held.enter_context(workdir_lib.logs(workdir))
+    for step in chosen:  # What is finished is read or kept: damage is found now, and not after hours of work.
+      own = [made[step.folder]] if step.stage != "report" else []
+      for artifact in (*own, *made[step.folder].inputs.values()):
+        if artifact.done:
+          artifact.verify()
+    todo = [step for step in chosen if step.stage == "report" or not made[step.folder].done]
+    if not storage.is_remote(workdir):  # A store has room.
+      workdir_lib.check_room(workdir, room.needed(settings, workdir, todo, made))
     for number, step in enumerate(chosen, 1):
       _run_step(step, made[step.folder], step.mesh or mesh, f"[{number}/{len(chosen)}] {step.folder}")
 

@@ -226,7 +226,7 @@ def test_a_saved_training_takes_no_more_than_was_reckoned(tmp_path: pathlib.Path
   assert taken <= 1.2 * room.weights(model.config) + 50_000  # Random float32 hardly compresses; the rest is metadata.
 
 
-def test_a_refused_run_leaves_no_trace(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_run_leaves_no_work(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   settings = config.base()
   settings.base.kind, settings.base.size = "random", "llama2_70b"
   planned = [step for step in steps.plan(settings, epath.Path(tmp_path / "run"), None) if step.folder == "m0"]
@@ -235,7 +235,25 @@ def test_a_refused_run_leaves_no_trace(tmp_path: pathlib.Path, monkeypatch: pyte
   free(monkeypatch, 10**9)
   with pytest.raises(ValueError, match=r"256\.96 GiB more .*, and its disk has 0\.93 GiB free"):
     main.run_steps(settings, epath.Path(tmp_path / "run"), "all")
-  assert not (tmp_path / "run").exists()
+  assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock", "lock.json", "logs"}
+  assert "its disk has 0.93 GiB free" in (tmp_path / "run" / "logs" / "srlm-0.log").read_text()
+
+
+def test_a_second_run_is_refused_before_it_looks_at_what_the_first_one_writes(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  place = epath.Path(tmp_path / "run")
+  one = artifacts.Artifact(place / "a", {}, {})
+  one.begin()
+  one.write("x.txt", "x")
+  one.commit({})
+  (place / "a" / "x.txt").unlink()
+  monkeypatch.setattr(steps, "plan", lambda *_: [steps.Step("a", "judge", {}, {}, lambda out: None)])
+  monkeypatch.setattr(steps, "check_start", lambda *_: None)
+  with workdir.locked(place, "the first"), pytest.raises(ValueError, match=r"in use by another run.*\(the first\)"):
+    main.run_steps(config.base(), place, "all")
+  with pytest.raises(ValueError, match="x.txt is missing"):
+    main.run_steps(config.base(), place, "all")
 
 
 def test_a_run_holds_the_lock_and_writes_its_log(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
