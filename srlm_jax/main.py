@@ -95,6 +95,11 @@ _JSON = flags.DEFINE_bool("json", False, "For plan: JSON instead of a table.")
 _CACHE = flags.DEFINE_string(
   "compilation_cache", "~/.cache/srlm_jax/xla", "Folder of compiled programs, shared by all runs; empty for none."
 )
+_ROOM = flags.DEFINE_bool(
+  "check_room",
+  True,
+  "Refuse a run that will write more than the disk has free; --nocheck_room for a disk that grows, or compresses.",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where in the code an error arose.")
 
 
@@ -132,7 +137,7 @@ def state(artifact: artifacts.Artifact) -> str:
   return "begun" if (artifact.folder / "stage.json").exists() else "to do"
 
 
-def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str) -> None:
+def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str, check_room: bool = True) -> None:
   """Runs the steps of a stage ("all": every one). Configurations, inputs and room are checked first."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
   planned = steps.plan(settings, workdir, mesh)
@@ -154,7 +159,7 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str)
         if artifact.done:
           artifact.verify()
     todo = [step for step in chosen if step.stage == "report" or not made[step.folder].done]
-    if not storage.is_remote(workdir):  # A store has room.
+    if check_room and not storage.is_remote(workdir):  # A store has room.
       workdir_lib.check_room(workdir, room.needed(settings, workdir, todo, made))
     for number, step in enumerate(chosen, 1):
       _run_step(step, made[step.folder], step.mesh or mesh, f"[{number}/{len(chosen)}] {step.folder}")
@@ -351,7 +356,7 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
         _CONFIG.value, workdir, (_MODEL.value, _AGAINST.value), _ITEMS.value, commands.absolute(_OUT.value)
       )
     else:
-      run_steps(_CONFIG.value, workdir, stage)
+      run_steps(_CONFIG.value, workdir, stage, _ROOM.value)
   except (Exception, KeyboardInterrupt, endings.Terminated) as error:
     code, message = endings.of(error)
     if code == endings.BUG:

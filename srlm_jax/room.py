@@ -44,10 +44,25 @@ def needed(
     small = settings.sft.moments == settings.dpo.moments == "bfloat16"
     state = size + (size // 2 if small and config.param_dtype == "float32" else size) + size
     found |= {f"the weights of {step.folder}": size for step in trained}
-    found["train states"] = SAVED * state
-    found["candidates"] = CANDIDATES * size if settings.select.judge != "none" and trained else 0
+    states, candidates = zip(*(_kept(settings, step.stage) for step in trains), strict=True)  # One training at a time.
+    found["train states"] = max(states) * state
+    found["candidates"] = max(candidates) * size
   already = sum(_size(made[step.folder].folder) for step in todo if step.stage in ("base", "sft", "dpo"))
   return found | {"what is there already": -min(already, sum(found.values()))}
+
+
+def _kept(settings: config_dict.ConfigDict, stage: str) -> tuple[int, int]:
+  """Train states and candidates of a training that are on disk at once: a short one saves fewer, or none.
+
+  The state that a run saves when it is told to stop is not among them.
+  """
+  positive = settings.dpo.method == "positive_only"
+  section = settings[{"base": "pretrain", "dpo": "sft" if positive else "dpo"}.get(stage, stage)]
+  every = settings.select.every if settings.select.judge != "none" and stage != "base" else 0
+  if not section.steps:  # The data will decide.
+    return SAVED, CANDIDATES if every else 0
+  saves = {step for gap in (section.save_every, every) if gap for step in range(gap, section.steps, gap)[:SAVED]}
+  return min(SAVED, len(saves)), CANDIDATES if 0 < every <= section.steps else 0
 
 
 def _config(

@@ -222,7 +222,8 @@ def check_room(folder: epath.Path, needs: Mapping[str, int]) -> None:
     parts = ", ".join(f"{size / unit:,.2f} for {name}" for name, size in needs.items() if size)
     raise ValueError(
       f"{folder}: the run will write about {needed / unit:,.2f} {name_of} more ({parts}), and its disk has "
-      f"{free / unit:,.2f} {name_of} free. Make room, or give another --workdir."
+      f"{free / unit:,.2f} {name_of} free. Make room, give another --workdir, or start it all the same by "
+      "--nocheck_room."
     )
 
 

@@ -186,6 +186,34 @@ def test_the_room_that_70b_takes_is_known_before_it_starts(
     workdir.check_room(epath.Path(tmp_path / "run"), needs)
 
 
+@pytest.mark.parametrize(
+  ("changes", "states", "candidates"),
+  [
+    ({}, 3, 2),  # The data will say how many steps there are.
+    ({"sft.steps": 900, "dpo.steps": 900}, 3, 2),
+    ({"sft.steps": 500, "dpo.steps": 100}, 2, 2),  # After 200 and 400 steps, candidates and states alike.
+    ({"sft.steps": 200, "dpo.steps": 200}, 0, 2),  # The last step saves weights alone.
+    ({"sft.steps": 500, "dpo.steps": 100, "select.every": 250}, 3, 2),
+    ({"sft.steps": 199, "dpo.steps": 199}, 0, 0),
+    ({"sft.steps": 199}, 3, 2),
+    ({"sft.steps": 199, "dpo.method": "positive_only"}, 0, 0),
+    ({"sft.steps": 199, "dpo.steps": 199, "dpo.save_every": 100}, 1, 0),
+    ({"sft.steps": 500, "dpo.steps": 100, "select.judge": "none"}, 2, 0),
+    ({"sft.steps": 100, "dpo.steps": 100, "base.kind": "pretrain", "pretrain.steps": 300}, 1, 0),
+  ],
+)
+def test_a_short_training_saves_fewer_states(
+  tmp_path: pathlib.Path, changes: dict[str, object], states: int, candidates: int
+) -> None:
+  settings, place = config.base(), epath.Path(tmp_path)
+  settings.base.kind, settings.base.size = "random", "smoke"
+  settings.update_from_flattened_dict(changes)
+  planned = steps.plan(settings, place, None)
+  needs = room.needed(settings, place, planned, steps.artifacts_of(planned, place))
+  own = needs["the weights of m1"]
+  assert (needs["train states"], needs["candidates"]) == (states * 3 * own, candidates * own)
+
+
 def test_what_goes_while_it_is_counted_takes_no_room(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
   for name in ("kept", "gone"):
     (tmp_path / name).write_bytes(b"12345")
@@ -237,6 +265,8 @@ def test_a_refused_run_leaves_no_work(tmp_path: pathlib.Path, monkeypatch: pytes
     main.run_steps(settings, epath.Path(tmp_path / "run"), "all")
   assert {path.name for path in (tmp_path / "run").iterdir()} <= {"lock", "lock.json", "logs"}
   assert "its disk has 0.93 GiB free" in (tmp_path / "run" / "logs" / "srlm-0.log").read_text()
+  monkeypatch.setattr(main, "_run_step", lambda *_: None)
+  main.run_steps(settings, epath.Path(tmp_path / "run"), "all", check_room=False)
 
 
 def test_a_second_run_is_refused_before_it_looks_at_what_the_first_one_writes(
