@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -28,6 +29,12 @@ logger = logging.getLogger(__name__)
 
 FILE = "replies.sqlite3"  # In the cache's folder.
 _FIELDS = "text, finished, tokens_in, tokens_out"  # Of a reply as it is kept.
+# What SQLite says where the disk fails, by its primary code, and what the disk itself would have said.
+_OF_THE_DISK = {
+  sqlite3.SQLITE_FULL: errno.ENOSPC,
+  sqlite3.SQLITE_IOERR: errno.EIO,
+  sqlite3.SQLITE_READONLY: errno.EROFS,
+}
 LIMITS = ("max_tokens", "max_completion_tokens")  # How endpoints call the longest reply.
 
 
@@ -121,12 +128,19 @@ class Cache:
 
   @contextlib.contextmanager
   def _open(self) -> Iterator[sqlite3.Connection]:
-    """A connection for one thing to do, committed at its end; ValueError where the file cannot be used."""
+    """A connection for one thing to do, committed at its end.
+
+    Raises:
+      OSError: the disk is full, read-only or broken.
+      ValueError: the file cannot be used.
+    """
     try:
       with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
         connection.text_factory = lambda data: data.decode(errors="replace")  # The digest says whether it is whole.
         yield connection
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # The names in it are text, too.
+      if number := _OF_THE_DISK.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
+        raise OSError(number, str(error), str(self.path)) from error
       if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorname != "SQLITE_ERROR":
         raise ValueError(
           f"{self.path} cannot be read or written ({error}): endpoint.cache must be a folder of a local disk with room."

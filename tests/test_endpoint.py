@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import logging
 import os
 import pathlib
+import re
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -19,7 +22,7 @@ from etils import epath
 from loopback import Loopback, Reply, chat
 import pytest
 
-from srlm_jax import config, endpoint, grading, records, rollout, sampling, templates
+from srlm_jax import config, endings, endpoint, grading, records, rollout, sampling, templates
 
 ROOT = pathlib.Path(__file__).parents[1]
 HOW = sampling.Sampling(temperature=0.7, top_p=0.9, max_new=64)
@@ -263,6 +266,37 @@ def test_a_cache_that_cannot_be_written_is_a_clear_error(serve: Serve, tmp_path:
     connect(serve(echo), tmp_path / "taken")
   with pytest.raises(ValueError, match=r"gs://bucket/run/endpoint is remote.*--config\.endpoint\.cache=FOLDER"):
     endpoint.connect(terms(url="http://host:1"), epath.Path("gs://bucket/run/endpoint"))
+
+
+@pytest.mark.parametrize(
+  ("pragma", "number", "said"),
+  [
+    ("max_page_count = 3", errno.ENOSPC, "the disk is full: .*/replies.sqlite3'"),
+    ("query_only = 1", errno.EROFS, "the disk or the store failed: .*/replies.sqlite3'"),
+  ],
+)
+def test_a_disk_that_fails_the_cache_fails_the_run(tmp_path: pathlib.Path, pragma: str, number: int, said: str) -> None:
+  cache = endpoint.Cache(epath.Path(tmp_path) / endpoint.FILE)
+  cache.prepare()
+  with pytest.raises(OSError) as found, cache._open() as connection:
+    connection.execute(f"PRAGMA {pragma}")
+    connection.execute("INSERT INTO replies VALUES ('k', 'm', ?, 1, 1, 1, 'now', 'd')", ("x" * 100_000,))
+  code, message = endings.of(found.value)
+  assert code == endings.STORAGE and found.value.errno == number and re.match(said, message), message
+
+
+def test_a_reply_that_no_disk_takes_fails_the_run(tmp_path: pathlib.Path) -> None:
+  cache = endpoint.Cache(epath.Path(tmp_path) / endpoint.FILE)
+  cache.prepare()
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (cache.path.stat().length, before[1]))
+  try:
+    with pytest.raises(OSError) as found:
+      cache.put("key", "m", endpoint.Kept("x" * 100_000, True, 1, 1))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert endings.of(found.value)[0] == endings.STORAGE and found.value.errno == errno.EIO
+  assert not cache.get(["key"])
 
 
 def test_a_full_or_broken_endpoint_is_tried_again(serve: Serve, tmp_path: pathlib.Path) -> None:
