@@ -1,7 +1,6 @@
 """DPO's training set: pairs as arrays, with the reference model's log-probs in them."""
 
 from collections.abc import Sequence
-import functools
 
 from etils import epath
 import jax
@@ -37,6 +36,9 @@ def lean(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, np.
   return batching.with_places(batch) if mesh.size == 1 else batch
 
 
+_score = jax.jit(logprobs.sequence_logprobs, static_argnames=("chunk", "count"))  # One for all iterations of a run.
+
+
 def reference_logprobs(
   model: llama.Llama, rows: Sequence[dict[str, np.ndarray]], size: int, chunk: int, mesh: jax.sharding.Mesh
 ) -> np.ndarray:
@@ -49,7 +51,6 @@ def reference_logprobs(
     chunk: see logprobs.next_token_logprobs.
     mesh: the devices.
   """
-  score = jax.jit(functools.partial(logprobs.sequence_logprobs, chunk=chunk, count=2 * size))
   sharding = jax.sharding.NamedSharding(mesh, mesh_lib.spec(("batch",)))
   out: list[np.ndarray] = []
   pending: jax.Array | None = None
@@ -62,7 +63,7 @@ def reference_logprobs(
   for start in range(0, len(rows), size):
     part = list(rows[start : start + size])
     batch = lean(stack(part + [part[-1]] * (size - len(part))), mesh)
-    scored = score(model, distributed.place(batch, sharding))
+    scored = _score(model, distributed.place(batch, sharding), chunk=chunk, count=2 * size)
     if pending is not None:  # One batch late, so that the device never waits for the host.
       read(pending)
     pending = scored

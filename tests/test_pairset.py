@@ -71,6 +71,14 @@ def test_the_reference_is_each_rows_own_log_prob(written: tuple) -> None:
       np.testing.assert_allclose(reference[index, side], logprobs.sequence_logprobs(model, one, 0)[0], rtol=2e-5)
 
 
+def test_the_reference_of_the_next_iteration_compiles_nothing_anew(written: tuple) -> None:
+  _, rows, reference = written
+  before = pairset._score._cache_size()
+  again = pairset.reference_logprobs(tiny_model.model(), rows, 8, 0, mesh_lib.make_mesh(fsdp=8))
+  np.testing.assert_array_equal(again, reference)
+  assert before and pairset._score._cache_size() == before
+
+
 def test_batches_keep_each_pair_and_its_reference_together(written: tuple) -> None:
   folder, rows, reference = written
   batches = pairset.Batches(folder, 4, seed=3)
