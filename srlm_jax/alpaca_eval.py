@@ -11,6 +11,8 @@ filled in or end the judge's message there, get round brackets on the way out: v
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent import futures
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -21,6 +23,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +37,7 @@ from srlm_jax import (
   config as config_lib,
   digests,
   distributed,
+  interruption,
   lines,
   modelstore,
   outside,
@@ -176,7 +180,7 @@ def _environment(how: Annotating, folder: pathlib.Path) -> dict[str, str]:
 
 
 def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -> None:
-  """Runs the command; ValueError, with the end of what it printed, where it fails."""
+  """Runs the command, which ends with us; ValueError, with the end of what it printed, where it fails."""
   command = shutil.which("alpaca_eval", path=str(pathlib.Path(sys.executable).parent))
   if command is None:
     raise ValueError("the package alpaca_eval is not installed beside this Python: pip install -e '.[eval]'.")
@@ -185,6 +189,7 @@ def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -
   log = folder / "log.txt"
   with (
     log.open("w", encoding="utf-8") as file,
+    futures.ThreadPoolExecutor(1) as pool,
     subprocess.Popen(
       words,
       cwd=folder,
@@ -194,13 +199,27 @@ def _call(arguments: Mapping[str, Any], how: Annotating, folder: pathlib.Path) -
       stderr=subprocess.STDOUT,
       text=True,
       errors="replace",
+      start_new_session=True,  # A group of its own, with the workers that it starts.
     ) as process,
   ):
-    for line in process.stdout or ():
-      shown = service.hidden(line)  # An error may repeat the key.
-      file.write(shown)
-      last.append(shown)
-      distributed.progress("alpaca_eval")
+
+    def read() -> None:
+      for line in process.stdout or ():
+        shown = service.hidden(line)  # An error may repeat the key.
+        file.write(shown)
+        last.append(shown)
+        distributed.progress("alpaca_eval")
+
+    reading = pool.submit(read)  # In a thread: who waits for a line hears nobody.
+    try:
+      while not reading.done():
+        futures.wait([reading], 0.2)
+        interruption.check()
+      reading.result()
+    except BaseException:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+      raise
   if process.returncode:
     raise ValueError(f"alpaca_eval ended with {process.returncode}; all that it said is in {log}:\n{''.join(last)}")
 

@@ -7,18 +7,21 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import shutil
+import signal
 import statistics
 import threading
+import time
 from typing import Any
 
 from etils import epath
 import pytest
 import tiny_model
 
-from srlm_jax import alpaca_eval, artifacts, config, modelstore, outside, records
+from srlm_jax import alpaca_eval, artifacts, config, endings, interruption, modelstore, outside, records
 
 ROWS = [
   {"instruction": f"Count to {number}.", "output": "x" * number, "generator": "gpt4", "dataset": "helpful_base"}
@@ -237,6 +240,33 @@ def test_a_failing_command_shows_what_it_said_and_no_key(
     alpaca_eval.evaluate(run)
   texts = [file.read_bytes() for file in (tmp_path / "outside").rglob("*") if file.is_file()]
   assert texts and not any(b"sk-123456789" in text for text in texts)
+
+
+def test_the_command_and_its_workers_end_with_us(
+  path: epath.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  command = tmp_path / "alpaca_eval"
+  command.write_text("#!/bin/sh\nsleep 600 &\necho $$ > pid\nwait\n")  # The worker holds what it prints into open.
+  command.chmod(0o755)
+  monkeypatch.setattr(shutil, "which", lambda *_, **__: str(command))
+  monkeypatch.setattr(interruption, "_came", came := [])
+  run = run_of(epath.Path(tmp_path), path, monkeypatch, owls)
+  pid = tmp_path / "outside" / "alpaca_eval" / "m2" / "compared" / "pid"
+
+  def stop() -> None:
+    while not (pid.exists() and pid.read_text()):
+      time.sleep(0.01)
+    came.append(signal.SIGTERM)
+
+  thread = threading.Thread(target=stop, daemon=True)
+  thread.start()
+  began = time.monotonic()
+  with pytest.raises(endings.Terminated):
+    alpaca_eval.evaluate(run)
+  thread.join()
+  assert time.monotonic() - began < 60
+  with pytest.raises(ProcessLookupError):
+    os.kill(int(pid.read_text()), 0)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
