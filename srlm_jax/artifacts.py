@@ -130,7 +130,7 @@ class Artifact:
     files = self.manifest()["files"]
     if "fingerprints.json" in files and not (self.folder / "weights").exists():
       return f"{self.folder / 'weights'} is missing"
-    for name, entry in files.items():
+    for name, entry in interruption.each(files.items()):
       path, done = self.folder / name, self.folder / f"{name}.done"
       for one in (path, done) if "records" in entry else (path,):  # Folders that are committed whole have no `.done`.
         if not one.exists():
@@ -280,6 +280,7 @@ class Artifact:
 
   def _read_bytes(self, name: str) -> bytes:
     """The content of a written file; Damaged where it is not there as it was written."""
+    interruption.check()
     path = self.folder / name
     try:
       entry, data = self._entry(name), path.read_bytes()

@@ -147,10 +147,10 @@ def _load(
 
   `counted` receives for each of their tensors how many of the numbers that this process read are not finite.
   """
-  distributed.progress(f"read {layout.name}")
   shape, dtype = param.shape, param.dtype
 
   def place(name: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> jax.Array:
+    distributed.progress(f"read {name}")
     return _place(tensors[name], layout, shape, dtype, sharding, lambda count: counted.update({name: count}))
 
   if not layout.stacked:

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
-from srlm_jax import batching, digests, distributed, storage
+from srlm_jax import batching, digests, distributed, interruption, storage
 
 Row = Mapping[str, np.ndarray]
 
@@ -43,7 +43,7 @@ class Rows(tfds.core.GeneratorBasedBuilder):
     return {"train": self._generate_examples()}
 
   def _generate_examples(self) -> object:
-    for index, row in enumerate(self._rows):
+    for index, row in enumerate(interruption.each(self._rows)):
       yield index, dict(row)
 
 

@@ -7,16 +7,18 @@ SRLM_GRACE_SECONDS (20), or at a second Ctrl-C, the process leaves as it is, wit
 committed is lost then, either: that is what whole files and manifests are for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from typing import Any
+from typing import Any, TypeVar
 
 from srlm_jax import endings
+
+T = TypeVar("T")
 
 STOPS = {signal.SIGTERM: endings.AGAIN, signal.SIGINT: endings.INTERRUPTED}
 
@@ -43,6 +45,13 @@ def check() -> None:
   """
   if _came and threading.current_thread() is threading.main_thread():
     raise KeyboardInterrupt if _came[0] == signal.SIGINT else endings.Terminated("told to stop by SIGTERM")
+
+
+def each(items: Iterable[T]) -> Iterator[T]:
+  """The items, with a `check` before each."""
+  for item in items:
+    check()
+    yield item
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import safetensors.numpy
 import sentencepiece
 import test_distributed
 
-from srlm_jax import convert, hf_files, llama, mesh, tokenizer
+from srlm_jax import convert, distributed, hf_files, llama, mesh, tokenizer
 
 CONFIG = llama.LlamaConfig(
   vocab_size=48, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, ffw=24, max_length=64, rope_theta=500.0
@@ -212,6 +212,13 @@ def test_each_device_part_is_read_alone_and_once(exported: pathlib.Path) -> None
   for layer in range(CONFIG.layers):  # Four parts, each for two devices: a quarter of the tensor, once.
     spy = spies[f"model.layers.{layer}.self_attn.q_proj.weight"]
     assert spy.read == [spy.array.size // 4] * 4
+
+
+def test_an_import_can_be_left_between_any_two_tensors(exported: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  places: list[str] = []
+  monkeypatch.setattr(distributed, "progress", places.append)
+  convert.import_hf(exported)
+  assert sorted(places) == sorted(f"read {name}" for name in tensors_of(exported))
 
 
 def test_dtypes(exported: pathlib.Path, tmp_path: pathlib.Path) -> None:

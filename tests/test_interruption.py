@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 
+from etils import epath
+import numpy as np
 import pytest
 
-from srlm_jax import endings, interruption
+from srlm_jax import artifacts, dataset, endings, interruption
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -140,6 +142,28 @@ def test_where_nothing_came_all_is_as_before() -> None:
   assert [signal.getsignal(number) for number in interruption.STOPS] == before
   assert threading.active_count() == threads and signal.set_wakeup_fd(-1) == -1
   assert interruption.STOPS[signal.SIGTERM] == endings.AGAIN
+
+
+def test_long_work_without_shards_can_be_left(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """It stops where a file is read or verified, a row is written, or the next of many items is taken."""
+  artifact = artifacts.Artifact(epath.Path(tmp_path) / "a", {}, {})
+  artifact.begin()
+  artifact.write("x.txt", "x")
+  artifact.commit({})
+  rows = [{"tokens": np.zeros(4, np.int32)}] * 3
+  monkeypatch.setattr(interruption, "_came", [signal.SIGTERM])
+  for work in (
+    lambda: artifact.read_text("x.txt"),
+    lambda: artifacts.Artifact(artifact.folder, {}, {}).verify(),
+    lambda: dataset.write(tmp_path / "rows", rows),
+    lambda: list(interruption.each([1, 2])),
+  ):
+    with pytest.raises(endings.Terminated):
+      work()
+  assert not (tmp_path / "rows" / dataset.PAPER).exists()
+  monkeypatch.setattr(interruption, "_came", [])
+  dataset.write(tmp_path / "rows", rows)
+  assert dataset.count(tmp_path / "rows") == 3 and artifact.read_text("x.txt") == "x"
 
 
 FORKS = """

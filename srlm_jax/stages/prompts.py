@@ -10,7 +10,7 @@ import random
 import jax
 from ml_collections import config_dict
 
-from srlm_jax import artifacts, filters, generator, modelstore, records, rollout, sampling, templates
+from srlm_jax import artifacts, filters, generator, interruption, modelstore, records, rollout, sampling, templates
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def run(out: artifacts.Artifact, settings: config_dict.ConfigDict, mesh: jax.sha
       stem = f"proposals-{index:05d}"
       artifacts.map_shards(out, stem, shots, settings.generation.shard, mesh, speaker, propose)
       tasks, counts = _tasks(out.read_shards(stem, records.Proposal))
-      fresh, dropped = filters.keep_new(tasks, novelty)
+      fresh, dropped = filters.keep_new(interruption.each(tasks), novelty)
       surplus = max(len(kept) + len(fresh) - section.count, 0)
       fresh = fresh[: len(fresh) - surplus]
       counts.update({f"dropped: {reason}": number for reason, number in dropped.items()})
