@@ -97,7 +97,11 @@ def first_line(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-  """The error, those that led to it, and those of its group."""
+  """The error, those that led to it, and those of its group.
+
+  What is raised while another error is handled counts as led to by that one: libraries raise anew without `from`, and
+  where a full disk stops a write, tidying up fails as well.
+  """
   seen: list[BaseException] = []
   ahead: list[BaseException | None] = [error]
   while ahead:

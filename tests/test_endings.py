@@ -107,6 +107,19 @@ def test_a_full_disk_is_74_whoever_writes(tmp_path: pathlib.Path, variant: str) 
     assert message.endswith("Make room. The same command goes on from here.")
 
 
+def test_a_full_disk_is_74_where_tidying_up_after_it_fails(tmp_path: pathlib.Path) -> None:
+  def write() -> None:
+    try:
+      raise OSError(errno.ENOSPC, "No space left on device", "/data/run/m1.tmp")
+    finally:
+      (tmp_path / "m1.tmp").unlink()
+
+  error = raised(write)
+  assert isinstance(error, FileNotFoundError)
+  code, message = endings.of(error)
+  assert code == endings.STORAGE and message.startswith("the disk is full: ") and "/data/run/m1.tmp" in message
+
+
 def test_a_failing_disk_is_74() -> None:
   for number in (errno.EIO, errno.EROFS, errno.ESTALE):
     code, message = endings.of(OSError(number, "it failed", "/data/run/m1"))
