@@ -416,10 +416,10 @@ def test_requests_keep_their_distance(serve: Serve, tmp_path: pathlib.Path) -> N
     return (429, {"Retry-After": "0.001"}, {"error": {"message": "busy"}}) if len(times) == 2 else echo(body)
 
   judge = connect(serve(reply), tmp_path, requests_per_minute=600, concurrency=8)  # One in 0.1 s.
+  began = time.monotonic()
   judge.ask([question(str(number)) for number in range(5)], HOW)
   assert len(times) == 6
-  assert min(after - before for before, after in zip(times, times[1:], strict=False)) > 0.06
-  assert times[-1] - times[0] > 0.45
+  assert all(came - began > 0.1 * place - 0.01 for place, came in enumerate(times))  # Later is a busy machine's affair.
 
 
 def test_as_many_are_on_their_way_as_may_be(serve: Serve, tmp_path: pathlib.Path) -> None:
