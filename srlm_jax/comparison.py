@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from srlm_jax import artifacts, diagnostics, lineage, pages, plots, report, tables
+from srlm_jax import artifacts, diagnostics, lineage, pages, plots, report, tables, workdir
 from srlm_jax.tables import Cell, Table
 
 DIGEST = " (SHA-256)"  # How a setting ends that holds the digest of a file.
@@ -74,11 +74,8 @@ def read(folder: epath.Path, name: str) -> Run:
   Raises:
     ValueError: it is none, or one of its manifests is damaged or of another format.
   """
-  patterns = [f"{depth}/{name}.json" for depth in ("*", "*/*") for name in ("stage", "manifest")]
-  folders = {path.parent for pattern in patterns for path in folder.glob(pattern)} if folder.exists() else set()
-  if not folders:
-    raise ValueError(f"{name} is no work directory of a run (no folder in it has a stage.json): give its --workdir.")
-  found = {str(path.relative_to(folder)): artifacts.Artifact(path, {}, {}) for path in sorted(folders)}
+  begun = workdir.begun(folder, name)
+  found = {str(path.relative_to(folder)): artifacts.Artifact(path, {}, {}) for path in begun}
   done = {name: artifact for name, artifact in found.items() if artifact.done}
   for artifact in done.values():
     if artifact.manifest()["format"] != artifacts.FORMAT:

@@ -52,6 +52,9 @@ from srlm_jax import (
 
 logger = logging.getLogger("srlm_jax.main")  # Not __name__: that is __main__ under python -m.
 
+# What reads a run, and so refuses a work directory without one.
+_READERS = ("report", "export", "reward", "human-eval", "human-eval-read", *commands.COMMANDS)
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration, with its variant: configs/tiny.py:smoke.", lock_config=True
 )
@@ -335,6 +338,8 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
   """What the command line asks for; an error that a user can act on ends the program with one message."""
   started = time.monotonic()
   try:
+    if workdir and stage in _READERS:
+      workdir_lib.begun(workdir)
     if stage == "plan":
       sys.exit(0 if show_plan(_CONFIG.value) else 1)
     if stage == "compare" and _OUT.value:

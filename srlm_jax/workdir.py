@@ -1,4 +1,4 @@
-"""The work directory as a whole: one run in it at a time, a disk that it can write, and its logs."""
+"""The work directory as a whole: what has begun in it, one run at a time, a disk that it can write, and its logs."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -24,6 +24,17 @@ logger = logging.getLogger(__name__)
 
 LOG_BYTES, LOG_FILES = 10_000_000, 5  # Of one log file, and how many older ones are kept beside it.
 BEAT, BEATS = 15, 4  # Seconds between two signs of life of a lease, and how many may be missing.
+
+
+def begun(folder: epath.Path, name: str = "") -> list[epath.Path]:
+  """The folders of a run's artifacts, finished or not; ValueError where there are none (`name` is for the message)."""
+  patterns = [f"{depth}/{paper}.json" for depth in ("*", "*/*") for paper in ("stage", "manifest")]
+  found = {path.parent for pattern in patterns for path in folder.glob(pattern)} if folder.exists() else set()
+  if not found:
+    raise ValueError(
+      f"{name or folder} is no work directory of a run (no folder in it has a stage.json): give its --workdir."
+    )
+  return sorted(found)
 
 
 # One run at a time

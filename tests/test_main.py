@@ -135,6 +135,20 @@ def test_what_is_missing_is_said(argv: list[str], values: dict[str, str], messag
     main.main(["srlm", *argv])
 
 
+@pytest.mark.parametrize("stage", main._READERS)
+def test_what_reads_a_run_refuses_a_folder_without_one(stage: str, tmp_path: pathlib.Path) -> None:
+  key, page = str(tmp_path / "page.key.json"), str(tmp_path / "page.html")
+  values = {"model": "m1", "against": "m0", "out": page, "prompts": key, "key": key, "votes": key}
+  (tmp_path / "empty").mkdir()
+  for name in ("empty", "nowhere"):
+    told = f"srlm {stage}: {tmp_path / name} is no work directory of a run (no folder in it has a stage.json): give its"
+    with flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path / name), compilation_cache="", **values):
+      with pytest.raises(endings.Ended, match=re.escape(told)) as ended:
+        main.main(["srlm", *stage.split()])
+    assert ended.value.code == endings.REFUSED
+  assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
 def test_an_error_in_the_configuration_is_one_sentence(tmp_path: pathlib.Path) -> None:
   for stage in ("all", "stages"):
     with flagsaver.as_parsed(config=SMOKE, workdir=str(tmp_path), compilation_cache=""):
