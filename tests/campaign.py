@@ -29,6 +29,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 STEP = re.compile(r"\[\d+/\d+\] (\S+): (stage|finished in) ")  # What the program says of its steps.
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+LIMIT = 300  # Seconds: a whole run takes 60 to 100, or twice that beside another one on a busy machine.
+GRACE = 30  # Seconds that it has after SIGTERM: `srlm` takes 20 at the most.
 
 # The smoke variant with every stage in it, candidates and refusals, too, and so little of each that a run is seconds.
 SMALL = (
@@ -75,14 +77,27 @@ class Attempt:
   Attributes:
     code: how: an exit code, or minus the signal.
     said: its stderr.
-    fired: where it was when it got the signal: {"step", "path", "call"}; None where it got none.
+    fired: where it was when it got the signal: {"step", "path", "call", "training"}; None where it got none.
     steps: what each step that ended took: {folder: {"seconds", "calls"}}.
+    hung: whether it did not end by itself: it was told to stop, and killed where that did not help.
   """
 
   code: int
   said: str
   fired: Mapping[str, Any] | None
   steps: Mapping[str, Mapping[str, float]]
+  hung: bool = False
+
+
+def training() -> dict[str, int] | None:
+  """{"done": steps of the training that the main thread is in, "every": between two saved states}; None outside."""
+  frame = sys._current_frames().get(threading.main_thread().ident or 0)
+  while frame and (frame.f_code.co_name, frame.f_globals["__name__"]) != ("train", "srlm_jax.train_loop"):
+    frame = frame.f_back
+  if not frame:
+    return None
+  values = frame.f_locals
+  return {"done": values.get("index", values.get("first", 0)), "every": values["save_every"]}
 
 
 class _Watch:
@@ -145,7 +160,7 @@ class _Watch:
       if self.fired:
         return
       self.fired = True
-    self.note("fired", step=self.step, path=self.path, call=self.calls)
+    self.note("fired", step=self.step, path=self.path, call=self.calls, training=training())
     os.kill(os.getpid(), self.moment.signal)
     if self.moment.signal == signal.SIGKILL:
       signal.pause()
@@ -188,11 +203,15 @@ class Launcher:
     programs: folder of compiled programs, shared by all attempts.
     program: the module of the program.
     arguments: of each attempt.
+    limit: seconds after which an attempt hangs, and is told to stop.
+    grace: seconds after which it is killed, then.
   """
 
   programs: pathlib.Path
   program: str = "srlm_jax.main"
   arguments: Sequence[str] = SMALL
+  limit: float = LIMIT
+  grace: float = GRACE
 
   def begin(
     self,
@@ -218,20 +237,26 @@ class Launcher:
     return process
 
   def run(self, workdir: pathlib.Path, stage: str = "all", **how: Any) -> Attempt:
-    """Starts a process and waits for its end; see `begin`."""
+    """Starts a process and waits for its end; one that hangs is stopped as an operator would do. See `begin`."""
     with tempfile.TemporaryDirectory() as place:
       process = self.begin(workdir, place, stage, **how)
-      process.join()
-      return attempt(process, place)
+      process.join(self.limit)
+      if hung := process.is_alive():
+        process.terminate()
+        process.join(self.grace)
+        process.kill()
+        process.join()
+      return attempt(process, place, hung)
 
 
-def attempt(process: multiprocessing.process.BaseProcess, place: str) -> Attempt:
+def attempt(process: multiprocessing.process.BaseProcess, place: str, hung: bool) -> Attempt:
   """What became of a process that has ended."""
   notes = pathlib.Path(place, "notes")
   lines = [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
   fired = next((line for line in lines if line["kind"] == "fired"), None)
   steps = {line["step"]: line for line in lines if line["kind"] == "step"}
-  return Attempt(process.exitcode or 0, pathlib.Path(place, "said").read_text(errors="replace"), fired, steps)
+  said = pathlib.Path(place, "said").read_text(errors="replace")
+  return Attempt(process.exitcode or 0, said, fired, steps, hung)
 
 
 # What a run must end with, and what was wrong with a file
@@ -313,6 +338,8 @@ def judged(attempt: "Attempt", path: str, same: bool, whole: bool) -> str:
     same: whether what was made afterwards is what an undisturbed run makes; that nothing was made is as good.
     whole: whether the file is gone or as it was.
   """
+  if attempt.hung:
+    return "lost"
   refused, went_on = attempt.code == 2, attempt.code == 0 or attempt.fired is not None
   named = said_of(attempt.said, path)
   if (refused and named) or (went_on and same and named):

@@ -1,13 +1,16 @@
 """A program of two steps for `test_campaign.py` to hurt: it says what `srlm` says of its steps, and can be careless.
 
---flaw=early: it commits a step before its shards are there; --flaw=blind: it reads what it finds, without a look at it.
+--flaw=early: it commits a step before its shards are there; --flaw=blind: it reads what it finds, without a look at it;
+--flaw=hangs: it waits for ever; --flaw=deaf: it does so even if it is told to stop.
 """
 
 import hashlib
 import json
 import logging
 import pathlib
+import signal
 import sys
+import threading
 
 SHARDS = 4
 
@@ -34,6 +37,10 @@ def run() -> None:
       continue
     folder.mkdir(parents=True, exist_ok=True)
     log.info("[%d/%d] %s: stage %s", number, 2, step, step)
+    if flaw == "deaf":
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if flaw in ("hangs", "deaf"):
+      threading.Event().wait()
     source = [""] * SHARDS
     if step == "second":
       source = [path.read_text() for path in sorted((workdir / "first").glob("shard-*.json"))]

@@ -1,5 +1,6 @@
 """The fault campaign can fail: a careless program loses its data, and a blind one says nothing."""
 
+import dataclasses
 import pathlib
 import random
 import signal
@@ -19,7 +20,7 @@ def launcher(tmp_path: pathlib.Path, *arguments: str) -> campaign.Launcher:
 def wanted(tmp_path: pathlib.Path) -> dict[str, str]:
   """What the careful program ends with."""
   attempt = launcher(tmp_path).run(tmp_path / "whole")
-  assert attempt.code == 0 and set(attempt.steps) == {"first", "second"} and attempt.fired is None
+  assert attempt.code == 0 and set(attempt.steps) == {"first", "second"} and not attempt.fired and not attempt.hung
   return files(tmp_path / "whole")
 
 
@@ -52,6 +53,14 @@ def test_a_flipped_bit_shows_who_does_not_look(
   attempt = start.run(workdir)
   same, whole = files(workdir) == wanted, (workdir / path).read_bytes() != bad
   assert campaign.judged(attempt, path, same, whole) == verdict
+
+
+@pytest.mark.parametrize(("flaw", "code"), [("hangs", -signal.SIGTERM), ("deaf", -signal.SIGKILL)])
+def test_what_hangs_is_told_to_stop_and_counts_as_lost(tmp_path: pathlib.Path, flaw: str, code: int) -> None:
+  start = dataclasses.replace(launcher(tmp_path, f"--flaw={flaw}"), limit=5, grace=2)
+  attempt = start.run(tmp_path / "run")
+  assert attempt.hung and attempt.code == code and "first: stage first" in attempt.said
+  assert campaign.judged(attempt, "first/shard-1.json", True, True) == "lost"
 
 
 @pytest.mark.parametrize(
