@@ -90,7 +90,7 @@ class Attempt:
 
 
 def training() -> dict[str, int] | None:
-  """{"done": steps of the training that the main thread is in, "every": between two saved states}; None outside."""
+  """{"done": training steps before the one that is at work, "every": between two saved states}; None outside."""
   frame = sys._current_frames().get(threading.main_thread().ident or 0)
   while frame and (frame.f_code.co_name, frame.f_globals["__name__"]) != ("train", "srlm_jax.train_loop"):
     frame = frame.f_back
@@ -276,6 +276,32 @@ def result(workdir: pathlib.Path) -> dict[str, str]:
   """The files that a run is made for, as they are: pairs, their log-probs, the bits of the weights, the losses."""
   names = ("pairs.jsonl", "reference.jsonl", "fingerprints.json", "metrics.jsonl")
   return {str(path.relative_to(workdir)): path.read_text() for name in names for path in sorted(workdir.rglob(name))}
+
+
+def saved(workdir: pathlib.Path, step: str) -> int:
+  """Training steps that the newest whole state is after; 0 where there is none."""
+  return max((int(path.name) for path in workdir.glob(f"{step}/states/*") if path.name.isdigit()), default=0)
+
+
+def began(said: str) -> dict[str, int]:
+  """{training: the step after which a run began it or went on with it first}."""
+  found: dict[str, int] = {}
+  for step, after in re.findall(r"/(\w+): (?:goes on from step (\d+)|step 1) of ", said):
+    found.setdefault(step, int(after or 0))
+  return found
+
+
+def taken(workdir: pathlib.Path, fired: Mapping[str, Any]) -> tuple[int, int]:
+  """Training steps that a kill took, and how many it may take at the most; none where no training was at work.
+
+  Those since the last state was due; and, where that was still being saved, the interval before it.
+  """
+  if not fired["training"]:
+    return 0, 0
+  done, every = fired["training"]["done"], fired["training"]["every"]
+  due = done // every * every
+  unfinished = any((workdir / fired["step"] / "states").glob(f"{due}.*tmp*"))
+  return done - saved(workdir, fired["step"]), done - due + every * unfinished
 
 
 def kind_of(path: str) -> str:

@@ -98,6 +98,32 @@ def test_one_bit_is_flipped_and_a_cut_file_is_shorter() -> None:
   )
 
 
+@pytest.mark.parametrize(
+  ("states", "done", "took", "may"),
+  [
+    ((), 49, 49, 49),
+    (("50",), 99, 49, 49),
+    (("50", "100.orbax-checkpoint-tmp"), 103, 53, 53),
+    (("50",), 103, 53, 3),  # The second state is not there, and nobody was saving it.
+    ((), 103, 103, 3),
+    (("100.orbax-checkpoint-tmp",), 103, 103, 53),
+  ],
+)
+def test_a_kill_takes_an_interval_and_what_is_done_while_a_state_is_saved(
+  tmp_path: pathlib.Path, states: tuple[str, ...], done: int, took: int, may: int
+) -> None:
+  for name in states:
+    (tmp_path / "m1" / "states" / name).mkdir(parents=True)
+  fired = {"step": "m1", "training": {"done": done, "every": 50}}
+  assert campaign.taken(tmp_path, fired) == (took, may)
+  assert campaign.taken(tmp_path, {"step": "m1", "training": None}) == (0, 0)
+
+
+def test_where_a_training_went_on_is_read_from_its_messages() -> None:
+  said = "/w/m0: step 1 of 300, loss 5\n/w/m1: goes on from step 25 of 100\n/w/m1: goes on from step 50 of 100\n"
+  assert campaign.began(said) == {"m0": 0, "m1": 25}
+
+
 def test_files_are_drawn_by_kind(tmp_path: pathlib.Path) -> None:
   for name in ("m1/weights/d/0123456789abcdef0123456789abcdef", "m2/weights/d/00000000000000000000000000000000"):
     (tmp_path / name).parent.mkdir(parents=True)

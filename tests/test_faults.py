@@ -5,7 +5,7 @@ SRLM_FAULTS_OUT=FOLDER keeps the table and what bad cases said; SRLM_FAULTS_SHAR
 SRLM_FAULTS_PROGRAMS=FOLDER keeps the compiled programs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -13,14 +13,12 @@ import json
 import os
 import pathlib
 import random
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from typing import Any
 
 import campaign
 from campaign import Moment
@@ -152,30 +150,6 @@ def made_the_same(whole: Whole, workdir: pathlib.Path, step: str) -> bool:
 TRAINED = ("m0", "baseline", "m1", "m2")
 
 
-def saved(workdir: pathlib.Path, step: str) -> int:
-  """Training steps that the newest whole state is after; 0 where there is none."""
-  return max((int(path.name) for path in workdir.glob(f"{step}/states/*") if path.name.isdigit()), default=0)
-
-
-def began(said: str) -> dict[str, int]:
-  """{training: the step after which a run began it or went on with it first}."""
-  found: dict[str, int] = {}
-  for step, after in re.findall(r"/(\w+): (?:goes on from step (\d+)|step 1) of ", said):
-    found.setdefault(step, int(after or 0))
-  return found
-
-
-def again(workdir: pathlib.Path, fired: Mapping[str, Any]) -> int:
-  """Training steps that a kill takes: fewer than are between two saves, and those while the last save was at work."""
-  if not fired["training"]:
-    return 0
-  done, every = fired["training"]["done"], fired["training"]["every"]
-  kept, due = saved(workdir, fired["step"]), done // every * every
-  unfinished = any((workdir / fired["step"] / "states").glob(f"{due}.*tmp*"))
-  assert kept >= (due - every if unfinished else due), f"{fired}: the newest state is of step {kept}"
-  return done - kept
-
-
 def shards_done(workdir: pathlib.Path) -> dict[str, int]:
   """{finished shard: when it was written}."""
   done = (path.with_suffix("") for path in workdir.rglob("*-of-*.done"))
@@ -188,19 +162,21 @@ def killed(whole: Whole, workdir: pathlib.Path, moments: Sequence[Moment], table
   for moment in moments:
     if moment.step != "report" and (workdir / moment.step / "manifest.json").is_file():  # The one before came late.
       continue
-    shards, states = shards_done(workdir), {step: saved(workdir, step) for step in TRAINED}
+    shards, states = shards_done(workdir), {step: campaign.saved(workdir, step) for step in TRAINED}
     attempt = whole.launcher.run(workdir, moment=moment)
     now = shards_done(workdir)
     anew = [name for name, when in shards.items() if now.get(name) != when]
     assert len(anew) <= 1, f"finished shards were made again: {anew}"  # One file that is no work: the world's classes.
-    for step, after in began(attempt.said).items():
+    for step, after in campaign.began(attempt.said).items():
       assert after == states[step], f"{step} went on from step {after}, and not from the newest state: {states[step]}"
     if attempt.fired is None:
       assert attempt.code == 0, attempt.said[-3000:]
       break
     assert attempt.code == -signal.SIGKILL
     places.append(attempt.fired["step"])
-    lost = max(lost, again(workdir, attempt.fired))
+    took, may = campaign.taken(workdir, attempt.fired)
+    assert took <= may, f"{attempt.fired}: {took} training steps are to be done again, not {may}"
+    lost = max(lost, took)
   same, last = ended(whole, workdir, "report")
   same &= campaign.outcome(workdir) == whole.outcome and campaign.result(workdir) == whole.result
   for place in places:
