@@ -195,6 +195,10 @@ class StateStore:
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     self._manager = ocp.CheckpointManager(folder, item_names=("state", "notes"), options=options)
 
+  def steps(self) -> list[int]:
+    """The steps after which a state was saved, the newest first."""
+    return distributed.agree(f"look at {self._folder}", sorted(self._manager.all_steps(), reverse=True))
+
   def restore(self, abstract: Tree) -> tuple[int, Tree] | None:
     """(step, state) of the newest state that is as it was written, or None where there is none.
 
@@ -203,7 +207,7 @@ class StateStore:
     Raises:
       ValueError: the state is of another model or dtype.
     """
-    for step in distributed.agree(f"look at {self._folder}", sorted(self._manager.all_steps(), reverse=True)):
+    for step in self.steps():
       try:
         return step, self._read(step, abstract)
       except Damaged as error:

@@ -116,8 +116,9 @@ class _Contest:
       return self.out.inputs["parent"]
     found = artifacts.Artifact(self.out.folder / modelstore.CANDIDATES / f"{step:06d}", {"step": step}, {})
     found.begin()
-    if not found.done:
-      modelstore.save(found, self.train(until=step), self.words, {"step": step})
+    if not found.done:  # Where training is past it, as after damage, it is trained once more, beside.
+      beside = {"folder": found.folder} if train_loop.past(self.out.folder, step) else {}
+      modelstore.save(found, self.train(until=step, **beside), self.words, {"step": step})
     return found
 
   def answers(self, step: int) -> list[records.Response]:
@@ -157,18 +158,19 @@ class _Contest:
     """A candidate against the one before it; read where it is decided already."""
     name = _verdict(step)
     if not self.decided(step):
-      self.candidate(step)  # Here, on the mesh of training.
+      if not self.out.complete(f"answers-{step:06d}"):
+        self.candidate(step)  # Here, on the mesh of training.
       made = selection.trial(step, against, *grading.grouped(self.duels(step, against)))
       self.out.write(name, json.dumps(dataclasses.asdict(made)))
     return selection.Trial(**json.loads(self.out.read_text(name)))
 
-  def keep(self, step: int) -> None:
-    """Deletes the weights of all candidates but one."""
+  def keep(self, step: int, last: int) -> None:
+    """Deletes the weights of the candidates up to `last` but for those of `step`; a run that goes on has later ones."""
 
     def delete() -> None:
       folder = self.out.folder / modelstore.CANDIDATES
       for path in list(folder.iterdir()) if folder.exists() else []:
-        if path.name != f"{step:06d}":
+        if int(path.name) != step and int(path.name) <= last:
           path.rmtree()
 
     distributed.first(f"keep candidate {step} of {self.out.folder}", delete)
@@ -194,7 +196,8 @@ def commit(
   Args:
     out: the stage's artifact; of its inputs "parent", "seed" and, where a model of the run decides, "judge" are read.
     words: the model's tokenizer.
-    train: trains to the end, or with `until=step` so far, going on from the state that is saved (`train_loop.train`).
+    train: trains to the end, or with `until=step` so far, going on from the state that is saved (`train_loop.train`),
+      in another `folder=` if told so.
     steps: of the whole training.
     facts: of the training, for the manifest.
     settings: the whole configuration.
@@ -212,11 +215,9 @@ def commit(
   contest = _Contest(out, words, train, settings, where.sampling, who or referee(out, settings, where))
   trials: list[selection.Trial] = []
   for step in points:
-    fresh = not contest.decided(step)
     trials.append(contest.trial(step, trials[-1].step if trials else 0))
     chosen, stop = selection.decide(trials, section.patience)
-    if fresh:  # In a run that goes on, candidates of later steps are there already.
-      contest.keep(chosen)
+    contest.keep(chosen, step)
     logger.info("%s: %s: %s", out.folder, selection.sentence(trials[-1]), "lost" if trials[-1].lost else "not lost")
     if stop:
       break

@@ -138,6 +138,12 @@ def train(
   return state.model
 
 
+def past(folder: epath.Path, step: int) -> bool:
+  """Whether a training in this folder has saved a state of a later step, and so gives the weights of `step` no more."""
+  with contextlib.closing(checkpoint.StateStore(folder / "states")) as store:
+    return any(saved > step for saved in store.steps())
+
+
 class Watch:
   """Takes the metrics of each step, in order: writes them, now and then logs them, ends a run that is broken."""
 

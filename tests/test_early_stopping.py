@@ -76,12 +76,12 @@ class Stage:
     seed.commit({})
     self.out = artifacts.Artifact(root / "m1", {}, {"parent": parent, "seed": seed})
 
-  def made_up(self, until: int | None = None) -> llama.Llama:
+  def made_up(self, until: int | None = None, folder: epath.Path | None = None) -> llama.Llama:
     """Weights that depend on the step alone, in place of training."""
     self.asked.append(until)
     return weights(STEPS if until is None else until)
 
-  def trained(self, until: int | None = None) -> llama.Llama:
+  def trained(self, until: int | None = None, folder: epath.Path | None = None) -> llama.Llama:
     self.asked.append(until)
     c = settings()
     return train_loop.train(
@@ -91,7 +91,7 @@ class Stage:
       optimizer=OPTIMIZER,
       batches=Batches(),
       mesh=self.mesh,
-      folder=self.out.folder,
+      folder=folder or self.out.folder,
       seed=3,
       save_every=3,
       until=until,
@@ -202,9 +202,9 @@ def test_candidates_that_cannot_be_chosen_are_deleted(
   stage, there = Stage(epath.Path(tmp_path)), []
   real = early_stopping._Contest.keep
 
-  def keep(self: early_stopping._Contest, step: int) -> None:
+  def keep(self: early_stopping._Contest, step: int, last: int) -> None:
     there.append([])
-    for work in (lambda: None, lambda: real(self, step)):
+    for work in (lambda: None, lambda: real(self, step, last)):
       work()
       there[-1].append(sorted(int(path.name) for path in (stage.out.folder / "candidates").iterdir()))
 
@@ -328,6 +328,42 @@ def test_real_training_is_the_same_in_pieces_and_after_kills(
     ValueError, match=r"states is at step 4, and the weights after step 2 are gone: delete .*m1 to tr"
   ):
     wanted.trained(until=2)
+
+
+@pytest.mark.parametrize(
+  ("damaged", "asked"),
+  [
+    ("answers-000002-00000-of-00002.jsonl", [2, 4, 6, 2, 6]),  # Its weights are gone, and training is past them.
+    ("duels-000002-00000-of-00002.jsonl", [2, 4, 6, 6]),
+    ("verdict-000002.json", [2, 4, 6, 6]),
+    ("candidates/000004/manifest.json", [2, 4, 6, 6, 4]),
+  ],
+)
+def test_what_a_trial_rests_on_is_made_again_without_all_of_the_training(
+  tmp_path: epath.Path, scripted: list[str], damaged: str, asked: list[int]
+) -> None:
+  whole, stage = Stage(epath.Path(tmp_path) / "whole"), Stage(epath.Path(tmp_path) / "stopped")
+  whole.run(worse=[6], train=whole.trained)
+
+  def stopped(until: int | None = None) -> llama.Llama:
+    model = stage.trained(until)
+    if until == 6:
+      raise KeyboardInterrupt
+    return model
+
+  with pytest.raises(KeyboardInterrupt):
+    stage.run(worse=[6], train=stopped)
+  folder = stage.out.folder
+  assert not (folder / "candidates" / "000002").exists() and train_loop.past(folder, 4)
+  if damaged.startswith("candidates"):
+    (folder / damaged).parent.rmtree()
+  else:
+    (folder / damaged).write_text("damaged")
+  stage.out = artifacts.Artifact(folder, {}, stage.out.inputs)
+  stage.run(worse=[6], train=stage.trained)
+  assert stage.asked == asked
+  assert stage.out.digest() == whole.out.digest()
+  assert not (folder / "states").exists() and not (folder / "candidates").exists()
 
 
 def test_a_model_of_the_run_answers_and_judges(tmp_path: pathlib.Path) -> None:
