@@ -240,6 +240,8 @@ class Follower:
   def __init__(self, launcher: Launcher, worker: Worker, run_id: str, events: Events):
     self.launcher, self.worker, self.run_id, self.events = launcher, worker, run_id, events
     self.path = launcher.logs / f"worker-{worker.number}.log"
+    self.title = f"===== run {run_id} on {worker.node}, worker {worker.index}".encode()
+    self.begin = 0  # Of the worker's log in ours.
     self.stopped = threading.Event()
     self.process: subprocess.Popen[bytes] | None = None
     self.thread = threading.Thread(target=self.run, daemon=True)
@@ -261,23 +263,29 @@ class Follower:
 
   def follow(self) -> int | None:
     """Connects until the exit code has come, or too many connections in a row brought no sign of life."""
-    title = f"===== run {self.run_id} on {self.worker.node}, worker {self.worker.index} =====\n".encode()
     text = self.path.read_bytes() if self.path.exists() else b""
     with self.path.open("ab") as log:
-      if title not in text:
-        log.write(title if text.endswith(b"\n") or not text else b"\n" + title)
-      begin = text.rindex(title) + len(title) if title in text else log.tell()
+      known = [*re.finditer(re.escape(self.title) + rb"(?: from byte (\d+))? =====\n", text)]
+      if known:
+        self.begin = known[-1].end() - int(known[-1][1] or 0)
+      else:
+        self.mark(log, b"" if text.endswith(b"\n") or not text else b"\n")
       code, failures = None, 0
       while code is None and failures <= self.launcher.options.ssh_retries and not self.stopped.is_set():
-        heard, code = self.connection(log, begin)
+        heard, code = self.connection(log)
         failures = 0 if heard else failures + 1
         self.stopped.wait(0 if code is not None else self.launcher.options.log_poll)
       return code
 
-  def connection(self, log: BinaryIO, begin: int) -> tuple[bool, int | None]:
+  def mark(self, log: BinaryIO, before: bytes, place: int = 0) -> None:
+    """Writes the line that says whose bytes follow, from which place of the worker's log on."""
+    log.write(before + self.title + (f" from byte {place}".encode() if place else b"") + b" =====\n")
+    self.begin = log.tell() - place
+
+  def connection(self, log: BinaryIO) -> tuple[bool, int | None]:
     """One connection: was there a sign of life, and the exit code. Pieces tell their place: none is written twice."""
     heard, code = False, None
-    command = self.launcher.slice.ssh(self.worker, *self.launcher.follow(self.run_id, log.tell() - begin))
+    command = self.launcher.slice.ssh(self.worker, *self.launcher.follow(self.run_id, log.tell() - self.begin))
     with self.path.with_suffix(".ssh").open("wb") as chatter:
       pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": chatter}
       self.process = subprocess.Popen(command, start_new_session=True, **pipe)
@@ -286,13 +294,15 @@ class Follower:
         match line.split():
           case [b"log", place, data]:
             with contextlib.suppress(binascii.Error):  # A piece that a lost connection cut: the next one brings it.
-              known = log.tell() - begin - int(place)
+              known = log.tell() - self.begin - int(place)
               piece = base64.b64decode(data, validate=True)[known:] if known >= 0 else b""
               log.write(piece)
               log.flush()
               if self.worker.number == 0:
                 sys.stdout.buffer.write(piece)
                 sys.stdout.flush()
+          case [b"gone", place, b"."] if int(place) > log.tell() - self.begin:
+            self.mark(log, b"\n", int(place))
           case [b"exit", value, b"."]:
             code = 137 if value == b"gone" else int(value)
       self.process.wait()

@@ -1,6 +1,7 @@
 # The worker's side of launch/tpu.py, which copies this file to each TPU VM and calls it there. All it keeps is below
-# ~/srlm: code/ and venv/, and in run/ the program's id, main, pid, log and exit code. gcloud gives a command again when
-# its connection drops, so every command here may run twice.
+# ~/srlm: code/ and venv/, and in run/ the program's id, main, pid, log and exit code, and in gone how many of the log's
+# bytes take no room any more. gcloud gives a command again when its connection drops, so every command here may run
+# twice.
 
 mkdir -p ~/srlm
 cd ~/srlm
@@ -62,6 +63,16 @@ echo $$ >~/srlm/run/pid
 cd ~/srlm/code
 code=0
 export SRLM_PROCESSES=auto # One on each worker: JAX finds them.
+( # Of the log the last 60 MB are kept: those before become a hole, so that all others stay where they are.
+  cd ../run
+  while sleep 10 && [[ ! -e exit ]]; do
+    gone=$(($(stat -c %s log) - 60000000))
+    if ((gone > 0)) && fallocate --punch-hole --length $gone log 2>/dev/null; then
+      echo $gone >gone.new
+      mv gone.new gone
+    fi
+  done
+) &
 (
   if [[ -f ~/srlm_env ]]; then
     . ~/srlm_env
@@ -80,9 +91,10 @@ END
   echo "$1" >run/id
 }
 
-# follow ID AT SECONDS: prints the log from byte AT on, in lines "log PLACE BASE64", at last "exit CODE ."
+# follow ID AT SECONDS: prints the log from byte AT on, in lines "log PLACE BASE64", at last "exit CODE ."; "gone PLACE ."
+# where what lies before this place is kept no more.
 follow() {
-  local at=$2 code size n
+  local at=$2 code size gone n
   echo # Ends a line that an earlier connection may have cut.
   if [[ $(cat run/id 2>/dev/null) != "$1" ]]; then
     echo "exit gone ."
@@ -91,6 +103,11 @@ follow() {
   while :; do
     code=$(cat run/exit 2>/dev/null) || alive || code=$(cat run/exit 2>/dev/null) || code=gone
     size=$(stat -c %s run/log)
+    gone=$(cat run/gone 2>/dev/null || echo 0)
+    if ((gone > at)); then
+      echo "gone $gone ."
+      at=$gone
+    fi
     if ((size > at)); then
       n=$((size - at < 48000 ? size - at : 48000))
       echo "log $at $(tail -c +$((at + 1)) run/log | head -c $n | base64 -w 0)"

@@ -254,6 +254,39 @@ def test_a_dropped_connection_loses_and_repeats_nothing(cloud):
   assert done.stdout == cloud.log(0)
 
 
+def test_of_a_long_log_the_end_is_kept_and_what_is_lost_is_said(cloud):
+  script = cloud.repo / "launch" / "tpu_worker.sh"
+  script.write_text(script.read_text().replace("60000000", "20000").replace("sleep 10", "sleep 0.05"))
+  cloud.commit()
+  cloud.program("""echo begin
+until [ -e $FAKE_GCLOUD/fill ]; do sleep 0.05; done
+seq 100000
+until [ -e $FAKE_GCLOUD/go ]; do sleep 0.05; done
+echo end""")
+
+  def watch_until(line: str) -> None:
+    watching = subprocess.Popen(**cloud.command("run"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    cloud.wait_for(lambda: (cloud.logs / "worker-0.log").exists() and f"{line}\n" in cloud.log(0))
+    watching.kill()
+    watching.wait()
+
+  watch_until("begin")
+  (cloud.state / "fill").touch()  # While nobody follows.
+  run = cloud.home(0) / "srlm" / "run"
+  size = len("begin\n" + "".join(f"{number}\n" for number in range(1, 100_001)))
+  cloud.wait_for(lambda: (run / "gone").exists() and int((run / "gone").read_text()) == size - 20_000)
+  assert (run / "log").stat().st_size == size and (run / "log").stat().st_blocks * 512 < 40_000
+  watch_until("100000")
+  (cloud.state / "go").touch()
+  done = cloud.call("run")  # It finds its place behind what is lost.
+  assert done.returncode == 0, done.stderr
+  text = (cloud.logs / "worker-0.log").read_text()
+  head, tail = re.split(rf"\n===== run .* from byte {size - 20_000} =====\n", text)
+  assert head.endswith("=====\nbegin\n") and len(tail) == 20_000 + len("end\n")
+  assert tail.endswith("\n99999\n100000\nend\n") and done.stdout == "end\n"
+  assert cloud.count("start") == 1
+
+
 def test_the_same_command_joins_a_program_that_still_runs(cloud):
   cloud.plan(workers=2)
   cloud.program("echo begin; while [ ! -e $FAKE_GCLOUD/go ]; do sleep 0.05; done; echo end")
