@@ -10,6 +10,7 @@ import contextlib
 import io
 import tempfile
 from typing import SupportsIndex
+import weakref
 
 from etils import epath
 import grain
@@ -74,8 +75,12 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
     yield from _files(path) if path.is_dir() else (path,)
 
 
-def _checked(folder: epath.Path) -> tuple[epath.Path, tempfile.TemporaryDirectory | None]:
-  """Where a written dataset can be read, all of its files checked, and what keeps that place; ValueError for damage."""
+def _check(folder: epath.Path, local: epath.Path) -> None:
+  """Checks all files of a written dataset, which are copied to `local`, if that is another place.
+
+  Raises:
+    ValueError: a file is missing or damaged.
+  """
   remedy = f"delete {folder.parent} and run its stage again"
   try:
     wanted = digests.unseal((folder / PAPER).read_bytes())["sha256"]
@@ -83,25 +88,27 @@ def _checked(folder: epath.Path) -> tuple[epath.Path, tempfile.TemporaryDirector
     raise ValueError(f"{folder} is no whole training set (it has no {PAPER}): {remedy}.") from error
   except ValueError as error:
     raise ValueError(f"{folder / PAPER} is damaged ({error}): {remedy}.") from error
-  copy = tempfile.TemporaryDirectory() if storage.is_remote(folder) else None
-  local = epath.Path(copy.name) if copy else folder
   for name, digest in wanted.items():
     if not (folder / name).exists():
       raise ValueError(f"{folder / name} is missing: {remedy}.")
-    if copy:
+    if local != folder:
       (local / name).parent.mkdir(parents=True, exist_ok=True)
       (local / name).write_bytes((folder / name).read_bytes())
     if digests.file_sha256(local / name) != digest:
       raise ValueError(f"{folder / name} is damaged (its SHA-256 is not the recorded one): {remedy}.")
-  return local, copy
 
 
 class _Source:
   """The rows of a checked dataset in their order; a copy on the local disk lives as long as it."""
 
   def __init__(self, folder: epath.Path) -> None:
-    place, self._copy = _checked(folder)
-    (version,) = place.glob("rows/*")
+    local = folder
+    if storage.is_remote(folder):
+      copy = tempfile.TemporaryDirectory()
+      weakref.finalize(self, copy.cleanup)
+      local = epath.Path(copy.name)
+    _check(folder, local)
+    (version,) = local.glob("rows/*")
     self._rows = tfds.builder_from_directory(str(version)).as_data_source("train")
 
   def __len__(self) -> int:

@@ -1,8 +1,10 @@
 """What a run keeps, in an object store: artifacts, training sets and train states, with faults of every kind."""
 
 from collections.abc import Callable, Sequence
+import gc
 import os
 import socket
+import tempfile
 
 from etils import epath
 import fake_gcs
@@ -127,6 +129,19 @@ def test_a_training_set_is_read_from_a_store(store: fake_gcs.Store, tmp_path: ep
   del store.blobs["bucket", name]
   with pytest.raises(ValueError, match=rf"gs://bucket/{name} is missing"):
     dataset.batches(RUN / "m1" / "dataset", 3, seed=0)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning", "error::ResourceWarning")
+def test_the_copy_of_a_training_set_goes_with_it(
+  store: fake_gcs.Store, tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  dataset.write(RUN / "m1" / "dataset", test_dataset.ROWS)
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  batches = dataset.batches(RUN / "m1" / "dataset", 3, seed=0)
+  assert len(list(tmp_path.iterdir())) == 1
+  del batches
+  gc.collect()
+  assert not list(tmp_path.iterdir())
 
 
 def test_nothing_follows_an_answer_without_a_body(store: fake_gcs.Store) -> None:
