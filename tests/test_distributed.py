@@ -154,16 +154,13 @@ def start(code: str, place: pathlib.Path, **more: str) -> list[subprocess.Popen]
       "SRLM_SILENT_SECONDS": "15",
     },
   }
-  return [
-    subprocess.Popen(
-      [sys.executable, "-c", code, str(place / "work")],
-      cwd=ROOT,
-      env={**os.environ, **settings, **more, "SRLM_PROCESS": str(number)},
-      stdout=(place / f"{number}.out").open("w"),
-      stderr=(place / f"{number}.err").open("w"),
-    )
-    for number in range(2)
-  ]
+  processes = []
+  for number in range(2):
+    own = {**os.environ, **settings, **more, "SRLM_PROCESS": str(number)}
+    with (place / f"{number}.out").open("w") as out, (place / f"{number}.err").open("w") as err:
+      words = [sys.executable, "-c", code, str(place / "work")]
+      processes.append(subprocess.Popen(words, cwd=ROOT, env=own, stdout=out, stderr=err))
+  return processes
 
 
 def end(code: str, place: pathlib.Path, **more: str) -> tuple[list[int], list[str], list[str]]:

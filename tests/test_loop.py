@@ -125,7 +125,8 @@ def test_new_prompts_are_new_and_never_held_out(run):
 
 def test_both_ways_to_score_are_measured(run):
   facts = json.loads((run / "eval" / "m3" / "manifest.json").read_text())["facts"]
-  scored = [json.loads(line) for path in (run / "eval" / "m3").glob("expected-*.jsonl") for line in path.open()]
+  texts = [path.read_text() for path in (run / "eval" / "m3").glob("expected-*.jsonl")]
+  scored = [json.loads(line) for text in texts for line in text.splitlines()]
   assert len(scored) == sum(facts["judge"]["votes"].values()) / 3 and len({one["score"] for one in scored}) > 20
   assert 0 <= facts["expected"]["metrics"]["pairwise"]["value"] <= 1
 
