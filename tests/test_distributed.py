@@ -210,6 +210,7 @@ def test_a_frozen_process_ends_the_other_with_75(tmp_path: pathlib.Path, frozen:
     assert processes[1 - frozen].wait(timeout=60) == 75
   finally:
     processes[frozen].kill()
+    processes[frozen].wait()
   assert f"process {frozen}" in (tmp_path / f"{1 - frozen}.err").read_text()
 
 
@@ -234,7 +235,7 @@ def test_a_killed_process_ends_the_other_with_75(tmp_path: pathlib.Path) -> None
     assert time.monotonic() < until, (tmp_path / "0.err").read_text()
     time.sleep(0.2)
   processes[1].send_signal(signal.SIGKILL)
-  assert processes[0].wait(timeout=60) == 75
+  assert [process.wait(timeout=60) for process in processes] == [75, -signal.SIGKILL]
   assert "process 1" in (tmp_path / "0.err").read_text()
 
 
