@@ -97,11 +97,12 @@ def progress(where: str) -> None:
 
   A process that has not moved for SRLM_STUCK_SECONDS ends the run.
   """
-  _moved(where)
+  moved(where)
   interruption.check()
 
 
-def _moved(where: str) -> None:
+def moved(where: str) -> None:
+  """Says that this process moves."""
   _progress[:] = _progress[0] + 1, where
 
 
@@ -124,7 +125,7 @@ def first(what: str, work: Callable[[], T]) -> T:
       raise RuntimeError(f"{jax.process_count()} processes that do not know each other: set SRLM_PROCESSES=auto.")
     return work()
   key = f"srlm/first/{next(_calls)} {what}"
-  _moved(what)
+  moved(what)
   if writes():
     text = json.dumps(work())
     client.key_value_set(key, text)
@@ -133,7 +134,7 @@ def first(what: str, work: Callable[[], T]) -> T:
       text = client.blocking_key_value_get(key, NEVER * 1000)  # Where nobody moves any more, `_watch` ends it.
     except jax.errors.JaxRuntimeError as error:
       raise endings.PeerLost(f"process 0 did not finish {what!r}: {endings.first_line(error)}") from error
-  _moved(f"after {what}")
+  moved(f"after {what}")
   return json.loads(text)
 
 
@@ -162,7 +163,7 @@ def barrier(what: str, seconds: float = NEVER) -> None:
   if client is None:
     return
   key = f"srlm/barrier/{next(_calls)} {what}"
-  _moved(what)
+  moved(what)
   client.key_value_set(f"{key}/{state.process_id}", "here")
   try:
     client.wait_at_barrier(key, int(seconds * 1000))
@@ -172,7 +173,7 @@ def barrier(what: str, seconds: float = NEVER) -> None:
     raise endings.PeerLost(
       f"process {absent or '?'} did not come to {what!r} in {seconds:g} s ({endings.first_line(error)})."
     ) from error
-  _moved(f"after {what}")
+  moved(f"after {what}")
 
 
 def place(tree: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -125,14 +125,16 @@ def train(
       if pending:  # One step late, so that the device never waits for the host.
         watch.see(*pending)
       pending = index + 1, metrics
-      stops = interruption.asked() and jax.process_count() == 1  # Several would have to stop at the same step.
+      stops = interruption.asked()
       due = ((index + 1) % save_every == 0 or index + 1 == last) and index + 1 < optimizer.steps
-      if due or stops:
+      if due or (stops and jax.process_count() == 1):  # Several would have to stop at the same step.
         watch.see(*pending)  # First, so that a run that ends here saves no more, and no kill loses these metrics.
         pending = None
         log.flush()
         store.save(index + 1, state)
-      distributed.progress(f"{folder}: step {index + 1}")  # Where it stops, if it was told to: what was begun is saved.
+      distributed.moved(f"{folder}: step {index + 1}")
+      if stops:  # Who is told only now stops, and saves, at the next step.
+        interruption.check()
     if pending:
       watch.see(*pending)
   return state.model

@@ -117,20 +117,29 @@ def test_a_run_whose_newest_state_is_damaged_ends_as_one_that_nothing_stopped(
   assert checkpoint.fingerprints(model) == checkpoint.fingerprints(whole[0])
 
 
-@pytest.mark.parametrize("at", [4, 6])
+@pytest.mark.parametrize(("at", "late"), [(4, False), (6, False), (4, True)])
 def test_a_run_that_is_told_to_stop_saves_the_step_in_hand(
-  whole: tuple[llama.Llama, str], tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch, at: int
+  whole: tuple[llama.Llama, str], tmp_path: epath.Path, monkeypatch: pytest.MonkeyPatch, at: int, late: bool
 ) -> None:
   folder, came = epath.Path(tmp_path), []
   monkeypatch.setattr(interruption, "_came", came)
 
+  def asked() -> bool:
+    """Answers, and hears of it only then: the next step is the one in hand."""
+    before = bool(came)
+    came.extend([signal.SIGTERM] if late and len(told.asked) == at else [])
+    return before
+
+  monkeypatch.setattr(interruption, "asked", asked)
+
   class Told(Stopping):
     def __getitem__(self, step: int) -> Mapping[str, np.ndarray]:
-      came.extend([signal.SIGTERM] if step == at else [])
+      came.extend([signal.SIGTERM] if step == at and not late else [])
       return super().__getitem__(step)
 
+  told = Told()
   with pytest.raises(endings.Terminated):
-    train(folder, Told())
+    train(folder, told)
   came.clear()
   last = Stopping()
   model = train(folder, last)
