@@ -47,6 +47,7 @@ from srlm_jax import (
   service,
   storage,
   templates,
+  workdir,
 )
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,7 @@ def export(run: outside.Run) -> None:
   text = json.dumps(outputs(rows, answers, run.model), indent=1, ensure_ascii=False)
 
   def write() -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    workdir.make(path.parent, "--out")
     storage.write(path, text)
 
   distributed.first(f"write {path}", write)

@@ -24,6 +24,7 @@ from srlm_jax import (
   steps,
   storage,
   tables,
+  workdir as workdir_lib,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,11 @@ def compare(folders: Sequence[str], out: str) -> None:
     raise ValueError(f"--out={out}: the page's name must end with .html; its Markdown is written beside it.")
   page = absolute(out)
   names = [folder.rstrip("/") for folder in folders]
+  workdir_lib.check_out(page, [absolute(name) / "report" for name in names])
   found = comparison.compare([comparison.read(absolute(name), name) for name in names])
   if not distributed.writes():
     return
-  page.parent.mkdir(parents=True, exist_ok=True)
+  workdir_lib.make(page.parent, "--out")
   storage.write(page, comparison.html(found))
   storage.write(page.with_suffix(".md"), comparison.markdown(found))
   logger.info("compared %s: %s", ", ".join(names), page)
@@ -95,7 +97,9 @@ def human_page(
   settings: config_dict.ConfigDict, workdir: epath.Path, names: tuple[str, str], count: int, out: epath.Path
 ) -> None:
   """Writes a blind page with two models' first answers to held-out instructions, and its key beside it."""
-  made = steps.artifacts_of(steps.plan(settings, workdir, mesh_lib.make_mesh(**settings.mesh)), workdir)
+  planned = steps.plan(settings, workdir, mesh_lib.make_mesh(**settings.mesh))
+  workdir_lib.check_out(out, steps.folders(planned, workdir))
+  made = steps.artifacts_of(planned, workdir)
   done = {folder.removeprefix("eval/"): one for folder, one in made.items() if folder.startswith("eval/") and one.done}
   for name in names:
     if name not in done:
@@ -113,7 +117,7 @@ def human_page(
     return
   digests = {name: done[name].digest() for name in names}
   page, key = human_eval.make(grading.align(ours, theirs), names, digests, count, secrets.randbits(48))
-  out.parent.mkdir(parents=True, exist_ok=True)
+  workdir_lib.make(out.parent, "--out")
   storage.write(place, key.model_dump_json(indent=1))
   storage.write(out, page)
   logger.info("wrote %s, %d instructions: give it to the annotators", out, len(key.items))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from etils import epath
 from ml_collections import config_dict
 
-from srlm_jax import classes, eft, embedding, records, templates
+from srlm_jax import classes, eft, embedding, oasst, records, templates
 from srlm_jax.stages import seed
 
 
@@ -21,6 +21,12 @@ def check(settings: config_dict.ConfigDict, paths: Mapping[str, epath.Path], sta
   roles["validation"] = "select.path"
   if "data.trees" in paths:
     seed.read(settings, {role: paths[key] for role, key in roles.items() if key in paths})
+  else:  # The world is still to write its trees, and what is given beside them is read alone.
+    if "data.heldout_trees" in paths:
+      oasst.read_trees(paths["data.heldout_trees"])
+    for key in ("data.eval_prompts", "select.path"):
+      if key in paths:
+        list(records.read_prompts(paths[key]))
   if "data.judgements" in paths:
     eft.annotated(paths["data.judgements"], templates.load_rubric(settings.judge.rubric))
   if "data.pretrain" in paths:

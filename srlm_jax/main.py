@@ -148,9 +148,10 @@ def run_steps(settings: config_dict.ConfigDict, workdir: epath.Path, stage: str,
   chosen = [step for step in planned if stage in ("all", step.stage)]
   if not chosen:
     raise ValueError("this configuration has no such step: see `srlm stages`.")
+  # Files first: of a damaged one a begun folder would say no more than that it is another.
+  steps.check_start(settings, workdir, mesh, [step for step in chosen if not made[step.folder].done])
   for artifact in made.values():
     artifact.check_config()
-  steps.check_start(settings, workdir, mesh, [step for step in chosen if not made[step.folder].done])
   workdir_lib.check_writable(workdir)
   with contextlib.ExitStack() as held:
     if stage != "report":  # It may be asked for while a run is at work.
@@ -185,6 +186,8 @@ def _run_step(step: steps.Step, out: artifacts.Artifact, mesh: jax.sharding.Mesh
 
 def show_steps(settings: config_dict.ConfigDict, workdir: epath.Path | None) -> None:
   """Prints the steps of a configuration, with their inputs and states."""
+  if workdir:
+    workdir_lib.check_folder(workdir)
   place = workdir or epath.Path("WORKDIR")
   planned = steps.plan(settings, place, mesh_lib.make_mesh(**settings.mesh))
   made = steps.artifacts_of(planned, place)
@@ -226,6 +229,8 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
   for artifact in models.values():
     artifact.check_config()
   paths = {flag.name: commands.absolute(flag.value) for flag in (_PROMPTS, _REFERENCES, _OUT) if flag.value}
+  if "out" in paths:
+    workdir_lib.check_out(paths["out"], steps.folders(planned, workdir))
   cache = steps.endpoint_cache(settings, workdir)
   outputs = workdir / "outside"
   workdir_lib.check_writable(outputs)
@@ -237,32 +242,39 @@ def measure(settings: config_dict.ConfigDict, workdir: epath.Path, words: str) -
 
 def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, folder: str) -> None:
   """Writes a model of the work directory, and its tokenizer, as a Hugging Face folder."""
-  mesh = mesh_lib.make_mesh(**settings.mesh)
-  made = commands.finished_models(steps.plan(settings, workdir, mesh), workdir)
+  mesh, out = mesh_lib.make_mesh(**settings.mesh), commands.absolute(folder)
+  planned = steps.plan(settings, workdir, mesh)
+  made = commands.finished_models(planned, workdir)
   if name not in made:
     raise artifacts.unknown(name, list(made), "finished model of this work directory")
+  workdir_lib.check_out(out, steps.folders(planned, workdir), folder=True)
   model = modelstore.load(made[name], settings, mesh)
-  convert.export_hf(model, commands.absolute(folder), made[name].folder / "tokenizer", dtype=_DTYPE.value)
-  logger.info("wrote %s as a Hugging Face folder: %s", name, folder)
-  command = server.serve_command(folder, modelstore.served_name(made[name]))
+  if distributed.writes():
+    workdir_lib.make(out, "--out")
+  convert.export_hf(model, out, made[name].folder / "tokenizer", dtype=_DTYPE.value)
+  logger.info("wrote %s as a Hugging Face folder: %s", name, out)
+  command = server.serve_command(str(out), modelstore.served_name(made[name]))
   logger.info("for --config.server.url it is served by: %s", command)
 
 
 def show_reward(settings: config_dict.ConfigDict, workdir: epath.Path, name: str) -> None:
   """Prints how far a judge agrees with people's ranks, beside the paper's figures; --out gets all of it as JSON."""
   mesh = mesh_lib.make_mesh(**settings.mesh)
-  made = steps.artifacts_of(steps.plan(settings, workdir, mesh), workdir)
+  planned = steps.plan(settings, workdir, mesh)
+  made = steps.artifacts_of(planned, workdir)
+  out = commands.absolute(_OUT.value) if _OUT.value else None
+  if out:
+    workdir_lib.check_out(out, steps.folders(planned, workdir))
   cache = steps.endpoint_cache(settings, workdir)
   sampling = steps.sampling_mesh(settings, mesh)
   found = reward.run(settings, made, sampling, cache, name, _RUBRIC.value, _TREES.value)
   if not distributed.writes():
     return
   print(tables.markdown(reward.table(found)))
-  if _OUT.value:
-    path = commands.absolute(_OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    storage.write(path, json.dumps(found, indent=1))
-    logger.info("wrote %s", path)
+  if out:
+    workdir_lib.make(out.parent, "--out")
+    storage.write(out, json.dumps(found, indent=1))
+    logger.info("wrote %s", out)
 
 
 def _log_to_stderr() -> None:

@@ -11,6 +11,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import logging
+import shlex
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,7 @@ class Server:
 
 def serve_command(folder: str, name: str) -> str:
   """Starts vLLM on an exported model, without defaults of sampling from its folder."""
-  return f"vllm serve {folder} --served-model-name {name} --generation-config vllm"
+  return f"vllm serve {shlex.quote(folder)} --served-model-name {name} --generation-config vllm"
 
 
 def connect(

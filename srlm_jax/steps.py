@@ -481,6 +481,11 @@ def plan(settings: config_dict.ConfigDict, workdir: epath.Path, mesh: jax.shardi
   return made.steps
 
 
+def folders(planned: Sequence[Step], workdir: epath.Path) -> list[epath.Path]:
+  """Where the steps write."""
+  return [workdir / step.folder for step in planned]
+
+
 def artifacts_of(planned: Sequence[Step], workdir: epath.Path) -> dict[str, artifacts.Artifact]:
   """The artifact of every step by its folder, each with those that it is made from; a step comes after its inputs."""
   made: dict[str, artifacts.Artifact] = {}

@@ -1,6 +1,9 @@
-"""The work directory as a whole: what has begun in it, one run at a time, a disk that it can write, and its logs."""
+"""The work directory as a whole: what has begun in it, one run at a time, a disk that it can write, and its logs.
 
-from collections.abc import Callable, Iterator, Mapping
+What commands write beside it (--out) lies apart from the artifacts: `check_out`.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 import errno
 import json
@@ -23,18 +26,23 @@ from srlm_jax import distributed, endings, storage
 logger = logging.getLogger(__name__)
 
 LOG_BYTES, LOG_FILES = 10_000_000, 5  # Of one log file, and how many older ones are kept beside it.
+PAPERS = ("stage", "manifest")  # One of these .json files makes a folder an artifact.
 BEAT, BEATS = 15, 4  # Seconds between two signs of life of a lease, and how many may be missing.
 
 
 def begun(folder: epath.Path, name: str = "") -> list[epath.Path]:
   """The folders of a run's artifacts, finished or not; ValueError where there are none (`name` is for the message)."""
-  patterns = [f"{depth}/{paper}.json" for depth in ("*", "*/*") for paper in ("stage", "manifest")]
-  found = {path.parent for pattern in patterns for path in folder.glob(pattern)} if folder.exists() else set()
+  found = _artifacts(folder)
   if not found:
     raise ValueError(
       f"{name or folder} is no work directory of a run (no folder in it has a stage.json): give its --workdir."
     )
-  return sorted(found)
+  return found
+
+
+def _artifacts(folder: epath.Path) -> list[epath.Path]:
+  patterns = [f"{depth}/{paper}.json" for depth in ("*", "*/*") for paper in PAPERS]
+  return sorted({path.parent for pattern in patterns for path in folder.glob(pattern)}) if folder.exists() else []
 
 
 # One run at a time
@@ -87,7 +95,7 @@ def _read(path: epath.Path) -> str | None:
 
 
 def _take_flock(folder: epath.Path, me: Mapping[str, object], held: contextlib.ExitStack) -> str | None:
-  folder.mkdir(parents=True, exist_ok=True)
+  make(folder)
   lock = filelock.FileLock(folder / "lock")
   try:
     lock.acquire(timeout=0)
@@ -207,15 +215,44 @@ def _there(folder: epath.Path) -> pathlib.Path:
   return next(path for path in (place, *place.parents) if path.exists())
 
 
-def check_writable(folder: epath.Path) -> None:
+def check_folder(folder: epath.Path, flag: str = "--workdir") -> None:
+  """ValueError where a local path is no folder, and none can be made there; `flag` is the one that names it."""
+  if not storage.is_remote(folder) and not (place := _there(folder)).is_dir():
+    raise ValueError(f"{folder}: {place} is a file. Give another {flag}.")
+
+
+def check_writable(folder: epath.Path, flag: str = "--workdir") -> None:
   """ValueError where a local folder cannot be written, or made; a store says so when the lock is written."""
-  if storage.is_remote(folder):
-    return
-  place = _there(folder)
-  if not place.is_dir():
-    raise ValueError(f"{folder}: {place} is a file. Give another --workdir.")
-  if not os.access(place, os.W_OK | os.X_OK):
-    raise ValueError(f"{folder} cannot be written: {place} is read-only, or another user's. Give another --workdir.")
+  check_folder(folder, flag)
+  if not storage.is_remote(folder) and not os.access(place := _there(folder), os.W_OK | os.X_OK):
+    raise ValueError(f"{folder} cannot be written: {place} is read-only, or another user's. Give another {flag}.")
+
+
+def make(folder: epath.Path, flag: str = "--workdir") -> None:
+  """Makes a folder, and those above it; ValueError where the system allows none there, as below /proc."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    raise ValueError(f"{folder} cannot be made ({error.strerror}). Give another {flag}.") from error
+
+
+def check_out(out: epath.Path, planned: Collection[epath.Path] = (), folder: bool = False) -> None:
+  """ValueError where --out cannot be written, or must not: what lies in an artifact's folder counts as made by the run.
+
+  Args:
+    out: what a command will write, a whole path.
+    planned: folders that the run has yet to make.
+    folder: whether it is one, and not a file.
+  """
+  above = out.parents[:-2] if storage.is_remote(out) else out.parents  # The last two are "gs://" and "/".
+  for place in (out, *above):
+    if place in planned or any((place / f"{paper}.json").exists() for paper in PAPERS):
+      raise ValueError(f"--out={out}: {place} is a run's own, and nothing else may write there. Give another --out.")
+  if folder and (held := _artifacts(out)):
+    raise ValueError(f"--out={out} holds what runs have made ({held[0]}, …): name a new folder, there or elsewhere.")
+  if not folder and out.is_dir():
+    raise ValueError(f"--out={out} is a folder: name a file in it.")
+  check_writable(out if folder else out.parent, "--out")
 
 
 def check_room(folder: epath.Path, needs: Mapping[str, int]) -> None:

@@ -63,6 +63,51 @@ def test_each_file_is_read_to_its_end(files: epath.Path, tmp_path: pathlib.Path,
     given.check(settings(), good | {key: bad}, ())
 
 
+@pytest.mark.parametrize("key", ["data.heldout_trees", "data.eval_prompts", "select.path"])
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "holds nothing|no message trees|no tree"),
+    ('{"id": "a"}\n'.encode("utf-16"), "this is UTF-16"),
+    (
+      b'{"id": "a", "text": "x", "source": "x"}\n' * 2,
+      "line 2: the id 'a' is on line 1, too|not an Open Assistant tree",
+    ),
+  ],
+)
+def test_where_the_world_is_to_write_the_trees_the_other_files_are_read_all_the_same(
+  tmp_path: pathlib.Path, key: str, content: bytes, message: str
+) -> None:
+  path = tmp_path / "mine.jsonl"
+  path.write_bytes(content)
+  c = config.base()
+  c.world.enabled, c.data.trees, c.select.judge = True, "world/trees.jsonl", "oracle"
+  c.update_from_flattened_dict({key: str(path)})
+  workdir = epath.Path(tmp_path / "run")
+  planned = [step for step in steps.plan(c, workdir, None) if step.folder in ("world", "seed")]
+  with pytest.raises(ValueError, match=f"(?s){path}.*({message})"):
+    steps.check_start(c, workdir, tiny_model.one_device(), planned)
+
+
+def test_a_damaged_file_is_said_and_not_that_it_is_another_one(
+  files: epath.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  c, workdir = config.base(), epath.Path(tmp_path / "run")
+  c.world.enabled, c.data.trees, c.select.judge = True, "world/trees.jsonl", "none"
+  c.data.eval_prompts = str(tmp_path / "mine.jsonl")
+  (tmp_path / "mine.jsonl").write_text(records.dumps([records.Prompt(id="a", text="x", source="x")]))
+  plan = steps.plan
+  monkeypatch.setattr(steps, "plan", lambda *given: [step for step in plan(*given) if step.folder in ("world", "seed")])
+  [_, seed] = steps.artifacts_of(steps.plan(c, workdir, None), workdir).values()
+  [world] = seed.inputs.values()
+  world.begin()
+  world.commit({})
+  seed.begin()
+  (tmp_path / "mine.jsonl").write_text("")
+  with pytest.raises(ValueError, match=r"mine.jsonl holds nothing: write one Prompt a line"):
+    main.run_steps(c, workdir, "seed")
+
+
 def test_a_prompt_that_is_learnt_and_measured_by_is_refused(files: epath.Path) -> None:
   c = settings()
   good = paths(files)

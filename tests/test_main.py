@@ -225,6 +225,57 @@ def test_export_says_how_to_serve_the_model(
   with pytest.raises(ValueError, match=r"'m9' is not a finished model of this work directory\..* Valid: m1"):
     main.export(config.base(), epath.Path(tmp_path), "m9", str(tmp_path / "other"))
   assert not (tmp_path / "other").exists()
+  monkeypatch.setattr(steps, "plan", lambda *_: [steps.Step("m2", "dpo", {}, {}, lambda out: None)])
+  (tmp_path / "eval" / "m1").mkdir(parents=True)
+  (tmp_path / "eval" / "m1" / "stage.json").write_text("{}")
+  (tmp_path / "file").write_text("")
+  before = sorted(tmp_path.rglob("*"))
+  for name, message in {
+    ".": rf"--out={tmp_path} holds what runs have made \({tmp_path}/eval/m1, …\): name a new folder, there or else",
+    "eval": rf"--out={tmp_path}/eval holds what runs have made",
+    "m1": rf"--out={tmp_path}/m1: {tmp_path}/m1 is a run's own, and nothing else may write there. Give another --out",
+    "m1/weights/hf": rf"--out={tmp_path}/m1/weights/hf: {tmp_path}/m1 is a run's own",
+    "m2": rf"--out={tmp_path}/m2: {tmp_path}/m2 is a run's own",  # It is still to be made.
+    "file": rf"{tmp_path}/file: {tmp_path}/file is a file\. Give another --out",
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      main.export(config.base(), epath.Path(tmp_path), "m1", str(tmp_path / name))
+  assert sorted(tmp_path.rglob("*")) == before
+  main.export(config.base(), epath.Path(tmp_path), "m1", str(tmp_path / "an export"))
+  assert f": vllm serve '{tmp_path}/an export' --served-model-name" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+  ("stage", "suffix"), [("reward", "json"), ("compare", "html"), ("human-eval", "html"), ("export alpaca-eval", "json")]
+)
+def test_no_command_writes_into_an_artifact(
+  stage: str, suffix: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  names = ("eval/m1", "eval/m2", "report")
+  planned = [steps.Step(name, "report" if name == "report" else "evaluate", {}, {}, lambda out: None) for name in names]
+  monkeypatch.setattr(steps, "plan", lambda *_: planned)
+  for name in names[:2]:
+    made = artifacts.Artifact(epath.Path(tmp_path / name), {}, {})
+    made.begin()
+    made.commit({})
+  (tmp_path / f"folder.{suffix}").mkdir()
+  values = {"model": "m1", "against": "m2", "prompts": __file__, "runs": str(tmp_path), "workdir": str(tmp_path)}
+  for out, message in {
+    f"eval/m1/x.{suffix}": f"--out=OUT: {tmp_path}/eval/m1 is a run's own, and nothing else may write there.",
+    f"report/x.{suffix}": f"--out=OUT: {tmp_path}/report is a run's own",
+    f"folder.{suffix}": "--out=OUT is a folder: name a file in it.",
+  }.items():
+    place = str(tmp_path / out)
+    with flagsaver.as_parsed(config=SMOKE, out=place, compilation_cache="", **values):
+      with pytest.raises(endings.Ended, match=re.escape(f"srlm {stage}: {message.replace('OUT', place)}")) as ended:
+        main.main(["srlm", *stage.split()])
+    assert ended.value.code == endings.REFUSED
+
+
+def test_stages_of_a_file_in_place_of_a_folder_are_none(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=r"file/run: .*/file is a file\. Give another --workdir\."):
+    main.show_steps(config.base(), epath.Path(tmp_path / "file" / "run"))
 
 
 def test_a_plan_that_cannot_be_made_names_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

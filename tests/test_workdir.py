@@ -157,6 +157,20 @@ def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, monkeypatch: 
   monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)  # Root may write everything.
   with pytest.raises(ValueError, match=f"run cannot be written: {tmp_path} is read-only, or another user's"):
     workdir.check_writable(epath.Path(tmp_path / "run"))
+  with pytest.raises(ValueError, match=r"file/run cannot be made \(Not a directory\)\. Give another --workdir\."):
+    with workdir.locked(epath.Path(tmp_path / "file" / "run"), "srlm all"):  # As below /proc, which looks writable.
+      pass
+
+
+def test_in_an_object_store_nothing_is_written_into_an_artifact(store: object) -> None:
+  place = epath.Path("gs://bucket/run")
+  (place / "m1" / "stage.json").write_text("{}")
+  workdir.check_out(place / "export", folder=True)
+  workdir.check_out(place / "page.html")
+  with pytest.raises(ValueError, match="--out=gs://bucket/run/m1/hf: gs://bucket/run/m1 is a run's own"):
+    workdir.check_out(place / "m1" / "hf", folder=True)
+  with pytest.raises(ValueError, match="--out=gs://bucket/run holds what runs have made"):
+    workdir.check_out(place, folder=True)
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
