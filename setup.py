@@ -91,5 +91,5 @@ setuptools.setup(
   package_data={"srlm_jax": ["rubrics/*.txt", "*.jinja", "*.css", "*.js"]},
   install_requires=CORE,
   extras_require=EXTRAS,
-  entry_points={"console_scripts": ["srlm = srlm_jax.main:run"]},
+  entry_points={"console_scripts": ["srlm = srlm_jax.__main__:main"]},
 )

@@ -10,19 +10,23 @@
 | 74 | the disk or the store failed: full, read-only, broken | room; then the same command |
 | 75 | told to stop (SIGTERM, a preemption), or another process was lost | the same command; launchers give it |
 | 130 | Ctrl-C | the same command |
+| 141 | whoever read what it prints has left, as in `srlm stages | head -2`: it ends without a word | |
 """
 
 from collections.abc import Iterator
+import contextlib
 import dis
 import errno
+import io
+import os
 import pathlib
 import re
-
-import jax
+import select
+import sys
 
 DONE, BUG, REFUSED, MEMORY, DIVERGED = 0, 1, 2, 3, 4
 STORAGE, AGAIN = 74, 75  # EX_IOERR and EX_TEMPFAIL of sysexits.h.
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it.
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have them.
 
 # What the libraries below JAX say where they have lost another process.
 LIBRARIES_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "coordination service")
@@ -80,15 +84,47 @@ def of(error: BaseException) -> tuple[int, str]:
       return DIVERGED, str(error)
     case ValueError() if _ours(error):
       return REFUSED, str(error)
+    case BrokenPipeError() if _unread():
+      return UNREAD, ""
   for code, say in ((STORAGE, _storage), (MEMORY, _memory)):  # In this order: tensorstore has one name for both.
     for cause in _chain(error):
       if message := say(cause):
         return code, message
   if isinstance(error, _NAMES_A_FILE):
     return REFUSED, str(error)
-  if isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in LIBRARIES_LOST):
+  if _of_jax(error) and any(sign in str(error) for sign in LIBRARIES_LOST):
     return AGAIN, f"{type(error).__name__}: {first_line(error)}"
   return BUG, f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+  """Within, stdout fails where something is printed, and not after the end; what fails there ends the program."""
+  if not isinstance(sys.stdout, io.TextIOWrapper):  # It is closed.
+    yield
+    return
+  sys.stdout.reconfigure(line_buffering=True)
+  try:
+    yield
+  except OSError as error:
+    code, message = of(error)
+    if code == BUG:
+      raise
+    if message:
+      print(f"srlm: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+  finally:
+    try:
+      sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and say so.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _unread() -> bool:
+  """Whether stdout is a pipe that nobody reads any more."""
+  stdout = select.poll()
+  stdout.register(1, 0)
+  return any(event & select.POLLERR for _, event in stdout.poll(0))
 
 
 def first_line(error: BaseException) -> str:
@@ -135,7 +171,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _memory(error: BaseException) -> str:
   """What to say where memory was short, or nothing."""
-  on_device = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  on_device = _of_jax(error) and "RESOURCE_EXHAUSTED" in str(error)
   on_host = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
   no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)  # No room for its stack.
   if not (on_device or on_host or no_thread):
@@ -145,6 +181,12 @@ def _memory(error: BaseException) -> str:
     "raise config.sft.accumulate or config.dpo.accumulate, set config.model.remat='full', or lower "
     f"config.model.logits_chunk; or use more devices (`srlm plan` says what fits). {_AGAIN}"
   )
+
+
+def _of_jax(error: BaseException) -> bool:
+  import jax  # Not above: whoever starts the program needs the codes before the seconds that this takes.
+
+  return isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _cut(text: str, longest: int = 300) -> str:

@@ -381,7 +381,7 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
     if _DEBUG.value:
       traceback.print_exception(error)
     ended = endings.Ended(code, f"srlm {stage}: {message}")
-    if not distributed.name():  # Of several processes each says it where they end together.
+    if message and not distributed.name():  # Of several processes each says it where they end together.
       print(ended, file=sys.stderr, flush=True)
     raise ended from error
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
@@ -394,11 +394,14 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     if _CONFIG.value is not None:
       _CONFIG.value.to_dict()  # A file that could not be read is no error before it is used.
   except SystemExit:  # absl has shown its help, and would end with 1.
+    print(end="", flush=True)
     sys.exit(endings.DONE)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-    if any(re.match("--?debug", argument) for argument in argv):
+    printed = isinstance(error, OSError) and not error.__cause__  # It is not the file's, but stdout's: of --help.
+    if printed or any(re.match("--?debug", argument) for argument in argv):
       raise
-    text = str(error.args[0] if error.args else error)
+    reason = error.__cause__ if isinstance(error, OSError) else error.args[0] if error.args else error
+    text = str(reason)
     if text.startswith(("'\\'", "\"'")):  # Of a key inside a section: the message of another KeyError, quoted.
       text = str(ast.literal_eval(text))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -420,7 +423,8 @@ def run() -> None:
   """Console entry point."""
   xla_flags.prepare(os.environ)
   sys.modules["__main__"].__doc__ = usage()  # What absl shows for --help and beside a usage error.
-  app.run(main, flags_parser=_parse)
+  with endings.printing():
+    app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

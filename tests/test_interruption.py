@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 from etils import epath
 import numpy as np
@@ -46,25 +47,25 @@ def in_a_thread():
   thread.join()
   steps()
 
-def child(work, patient):
+def child(work, patient, late):
   try:
     with distributed.session(), interruption.session(patient, distributed.part):
       print("here", file=sys.stderr, flush=True)
       work()
   except (KeyboardInterrupt, endings.Terminated) as error:
     code, message = endings.of(error)
-    print(message, file=sys.stderr, flush=True)
-    os._exit(code)
+  print(message, file=sys.stderr, flush=True)
+  time.sleep(late)
+  os._exit(code)
 
-def run(work, signals, grace="600", patient=True):
+def run(work, signals, grace="600", patient=True, late=0.0):
   signal.signal(signal.SIGINT, signal.default_int_handler)  # Pytest may run where it is ignored.
   os.environ["SRLM_GRACE_SECONDS"] = grace
   reading, writing = os.pipe()
   pid = os.fork()
   if not pid:
     os.dup2(writing, 2)
-    child(work, patient)
-    os._exit(99)
+    child(work, patient, late)
   os.close(writing)
   said = os.fdopen(reading)
   lines = []
@@ -83,6 +84,9 @@ print(json.dumps({
   "grace": run(compiling, [TERM], grace="0.1"),
   "twice": run(compiling, [INT, INT]),
   "both": run(compiling, [TERM, INT]),
+  "again": run(steps, [TERM, TERM, TERM], late=0.5),
+  "late": run(steps, [TERM], grace="0.1", late=600),
+  "gone": run(steps, [TERM, TERM, INT], late=600),
   "reader": run(compiling, [TERM], patient=False),
 }))
 """
@@ -100,6 +104,7 @@ def ends() -> dict[str, tuple[int, list[str]]]:
   [
     ("term", 75, ["told to stop by SIGTERM. The same command goes on from here."]),
     ("int", 130, ["interrupted. The same command goes on from here."]),
+    ("again", 75, ["told to stop by SIGTERM. The same command goes on from here."]),
     ("saving", 75, ["saved", "told to stop by SIGTERM. The same command goes on from here."]),
     ("thread", 75, ["thread ended", "told to stop by SIGTERM. The same command goes on from here."]),
   ],
@@ -120,6 +125,8 @@ def test_the_work_ends_at_its_next_step(
     ("grace", 75, "the work has not ended within 0.1 s (SRLM_GRACE_SECONDS): it leaves as it is."),
     ("twice", 130, "SIGINT: it leaves at once."),
     ("both", 75, "SIGINT: it leaves at once."),
+    ("late", 75, "the work has not ended within 0.1 s (SRLM_GRACE_SECONDS): it leaves as it is."),
+    ("gone", 75, "SIGINT: it leaves at once."),
     ("reader", 75, "SIGTERM: it leaves at once."),
   ],
 )
@@ -166,9 +173,86 @@ def test_long_work_without_shards_can_be_left(tmp_path: pathlib.Path, monkeypatc
   assert dataset.count(tmp_path / "rows") == 3 and artifact.read_text("x.txt") == "x"
 
 
+# What the program may do when a signal comes and no session hears it; none of it may drop the signal.
+MOMENTS = """
+import gc, sys, time, types
+import srlm_jax
+from srlm_jax import __main__ as start, interruption
+
+def here(*_):
+  print("here", flush=True)
+  time.sleep(SECONDS)
+
+SECONDS = 60
+
+def collecting():
+  gc.callbacks.append(here)
+  gc.collect()
+
+def afterwards():
+  with interruption.session(True, lambda *_: None):
+    pass
+  here()
+
+class Last:
+  def __del__(self, here=here):
+    here()
+
+def tidying():
+  global SECONDS, last
+  SECONDS, last = 0.5, Last()
+
+assert not {"jax", "numpy", "absl"} & sys.modules.keys()  # It is there in a moment.
+srlm_jax.main = types.SimpleNamespace(run=globals()[sys.argv[1]])
+start.main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["collecting", "afterwards"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_outside_a_session_a_signal_ends_the_program_at_once(moment: str, number: signal.Signals, code: int) -> None:
+  with python("-c", MOMENTS, moment) as program:
+    assert program.stdout.readline() == "here\n"
+    program.send_signal(number)
+    assert program.communicate() == ("", f"srlm: {number.name}: it leaves at once.\n")
+  assert program.returncode == code
+
+
+def test_at_the_very_end_the_exit_code_stays() -> None:
+  with python("-c", MOMENTS, "tidying") as program:
+    assert program.stdout.readline() == "here\n"
+    program.send_signal(signal.SIGTERM)
+    assert program.communicate() == ("", "")
+  assert program.returncode == 0
+
+
+def python(*arguments: str) -> subprocess.Popen[str]:
+  """A program that hears Ctrl-C, also where pytest does not."""
+  hears = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+  command = [sys.executable, "-c", hears, sys.executable, *arguments]
+  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def caught(pid: int) -> int:
+  """The signals that a process has handlers for, as Linux writes them."""
+  status = pathlib.Path(f"/proc/{pid}/status").read_text()
+  return int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_during_the_imports_ends_the_program_at_once(number: signal.Signals, code: int) -> None:
+  with python("-m", "srlm_jax", "stages", "--config=configs/tiny.py") as program:
+    while not caught(program.pid) >> (signal.SIGTERM - 1) & 1:
+      time.sleep(0.01)
+    program.send_signal(number)
+    assert program.communicate() == ("", f"srlm: {number.name}: it leaves at once.\n")
+  assert program.returncode == code
+
+
 FORKS = """
 import os, signal
 from srlm_jax import interruption
+interruption.at_once()
 with interruption.session(True, lambda *_: None):
   if not (child := os.fork()):
     os.kill(os.getpid(), signal.SIGTERM)

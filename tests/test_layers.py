@@ -33,7 +33,7 @@ LAYERS = {
     "stages.pairs stages.dpo stages.evaluate stages.canaries stages.safety stages.classify stages.analyse stages.embed "
     "stages.report"
   ),
-  "run": "checks ranges given steps room commands slices chips hlo hlo_cost programs plan main",
+  "run": "checks ranges given steps room commands slices chips hlo hlo_cost programs plan main __main__",
 }
 ORDER = [name for names in LAYERS.values() for name in names.split()]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}

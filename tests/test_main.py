@@ -80,6 +80,8 @@ WRONG_FLAGS = {
   "--config.dpo.betta=1": """srlm: the configuration has no key 'betta'. Did you mean "beta" instead of "betta"?""",
   "--config.nonsense=1": "srlm: the configuration has no key 'nonsense'.",
   "--config.dpo.learning_rate=1": "srlm: the configuration has no key 'learning_rate'.",
+  "--config=configs": "srlm: --config: [Errno 21] Is a directory: 'configs'",
+  "--config=": "srlm: --config: Path to config file is an empty string.",
   "--config=README.md": "srlm: --config: README.md, line 31: invalid character '…' (U+2026). It must be a Python file.",
   "--config.judge.votes=2.5": "srlm: flag --config.judge.votes=2.5: invalid literal for int() with base 10: '2.5'",
   "--config.dpo.beta=x": "srlm: flag --config.dpo.beta=x: could not convert string to float: 'x'",
@@ -103,6 +105,34 @@ def test_a_wrong_flag_ends_the_program_in_a_sentence_and_help_is_none() -> None:
   done = subprocess.run([sys.executable, "-c", each, SMOKE, *flags], cwd=ROOT, capture_output=True, text=True)
   said = [line for line in done.stderr.splitlines() if line.startswith(("srlm: ", "code "))]
   assert said == [*(line for message in WRONG_FLAGS.values() for line in (message, "code 2")), "code 0"]
+
+
+PRINTS = """
+import os, sys
+from srlm_jax import main
+read, write = os.pipe()
+os.close(read)
+nowhere = {"pipe": write, "full": os.open("/dev/full", os.O_WRONLY)}
+for kind in nowhere:
+  for arguments in (["--help"], ["stages", "--config=configs/tiny.py:smoke", "--compilation_cache="]):
+    if not (child := os.fork()):
+      os.dup2(nowhere[kind], 1)
+      sys.argv = ["srlm", *arguments]
+      main.run()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(kind, arguments[0], code, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_where_nobody_can_read_what_is_printed(unbuffered: str) -> None:
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": unbuffered}
+  done = subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+  full = "the disk is full: [Errno 28] No space left on device. Make room. The same command goes on from here."
+  assert done.stderr.splitlines() == [
+    *("pipe --help 141", "pipe stages 141"),
+    *(f"srlm: {full}", "full --help 74", f"srlm stages: {full}", "full stages 74"),
+  ]
 
 
 @pytest.mark.parametrize(
