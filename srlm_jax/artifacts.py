@@ -6,7 +6,9 @@ artifact is made from is its configuration, its inputs' digests and the version 
 is refused, never mixed.
 
 All three papers are sealed (`digests.sealed`), and what is damaged is found before it is used: in a folder that is not
-finished it is deleted, with a warning, and made again (`begin`); a finished one is refused (`verify`).
+finished it is deleted, with a warning, and made again (`begin`); a finished one is refused (`verify`).  Of a model's
+weights the manifest holds the files' names and sizes, too. No artifact's digest covers these: Orbax names its files at
+random, and other devices write others.
 
 Of several processes all make the same calls, and process 0 alone looks at what is there and writes: a written file is
 there for all of them once the call returns.  Shards alone may be shared out (`map_shards`).
@@ -31,6 +33,7 @@ from srlm_jax import digests, distributed, interruption, records, storage, versi
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = "weights"  # Folder of a model's weights, and what the manifest calls the sizes of its files.
 FORMAT = 4  # Of the files described here; a change makes older folders refused, by name.
 
 
@@ -120,7 +123,8 @@ class Artifact:
   def verify(self) -> None:
     """ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
 
-    All of them are read, once a process: they are text and small. A model's weights are checked where they are loaded.
+    All of them are read, once a process: they are text and small. Of a model's weights, which are large, the names and
+    sizes of the files are compared; their bits are where they are loaded.
     """
     if self._problem:
       raise ValueError(f"{self._problem}: {self._remedy}.")
@@ -128,8 +132,8 @@ class Artifact:
   def _find_problem(self) -> str:
     """What is wrong with the files of a committed folder; "" where nothing is."""
     files = self.manifest()["files"]
-    if "fingerprints.json" in files and not (self.folder / "weights").exists():
-      return f"{self.folder / 'weights'} is missing"
+    if "fingerprints.json" in files and (problem := self._find_problem_of_weights()):
+      return problem
     for name, entry in interruption.each(files.items()):
       path, done = self.folder / name, self.folder / f"{name}.done"
       for one in (path, done) if "records" in entry else (path,):  # Folders that are committed whole have no `.done`.
@@ -142,6 +146,21 @@ class Artifact:
           return f"{done} is damaged (the manifest says something else)"
       except Damaged as error:
         return str(error)
+    return ""
+
+  def _find_problem_of_weights(self) -> str:
+    folder = self.folder / WEIGHTS
+    if not folder.exists():
+      return f"{folder} is missing"
+    found = storage.sizes(folder)
+    wanted = self.manifest().get(WEIGHTS, found)  # Once there were manifests without it.
+    for name in sorted({*wanted, *found}):
+      if name not in found:
+        return f"{folder / name} is missing"
+      if name not in wanted:
+        return f"{folder / name} was not written with these weights (if it is yours, moving it away is enough)"
+      if found[name] != wanted[name]:
+        return f"{folder / name} is damaged (it has {found[name]} bytes, not the recorded {wanted[name]})"
     return ""
 
   def check_config(self) -> None:
@@ -208,7 +227,10 @@ class Artifact:
         (self.folder / name).unlink(missing_ok=True)
 
   def commit(self, facts: Mapping[str, Any], folders: Sequence[str] = ()) -> None:
-    """Writes manifest.json: digests of all shards and of the files in `folders`, and `facts` for people and reports."""
+    """Writes manifest.json: digests of all shards and of the files in `folders`, and `facts` for people and reports.
+
+    What other processes write must be there when they call this: process 0 looks after the last one has come.
+    """
     distributed.barrier(f"commit {self.folder}")
     distributed.first(f"commit {self.folder}", lambda: self._commit(facts, folders))
 
@@ -235,6 +257,8 @@ class Artifact:
         "jax": jax.__version__,
       },
     }
+    if "fingerprints.json" in files:  # They stand for the weights' content.
+      manifest[WEIGHTS] = storage.sizes(self.folder / WEIGHTS)
     storage.write(self.folder / "manifest.json", digests.sealed(manifest, indent=2))
 
   def _seconds(self) -> float:

@@ -248,6 +248,7 @@ def export(settings: config_dict.ConfigDict, workdir: epath.Path, name: str, fol
   if name not in made:
     raise artifacts.unknown(name, list(made), "finished model of this work directory")
   workdir_lib.check_out(out, steps.folders(planned, workdir), folder=True)
+  made[name].verify()
   model = modelstore.load(made[name], settings, mesh)
   if distributed.writes():
     workdir_lib.make(out, "--out")

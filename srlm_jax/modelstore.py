@@ -40,7 +40,8 @@ def save(out: artifacts.Artifact, model: llama.Llama, words: tokenizer.Tokenizer
   out.write("golden.json", json.dumps(words.golden(), indent=1))
   sizes = dataclasses.replace(model.config, dropout=0.0, dtype="float32", remat="none", attention="xla")  # Not how.
   out.write("llama.json", json.dumps(dataclasses.asdict(sizes), indent=1))
-  # In place of the weights' files: equal weights give equal artifacts, which Orbax's files, with times in them, do not.
+  # In place of the weights' files: equal weights give equal artifacts, which Orbax's files, with times in them and
+  # random names, do not.
   out.write("fingerprints.json", json.dumps(checkpoint.fingerprints(model), indent=1))
   log = out.folder / journal.NAME
   if distributed.first(f"look at {log}", log.exists):

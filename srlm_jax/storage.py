@@ -1,5 +1,6 @@
 """Writing files whole, on a local disk and in an object store: a reader finds all of a file or none of it."""
 
+from collections.abc import Iterator
 import errno
 import os
 
@@ -78,6 +79,29 @@ def _sync_folder(folder: str) -> None:
       raise
   finally:
     os.close(handle)
+
+
+def sizes(folder: epath.PathLike) -> dict[str, int]:
+  """{path below a folder: bytes} of all files there; a store is asked for one listing, however many there are.
+
+  Raises:
+    OSError: a local folder is not there, or one of it cannot be listed.
+  """
+  place = os.fspath(folder)
+  if is_remote(place):
+    system, place = fsspec.core.url_to_fs(place)
+    found = {path: int(entry["size"]) for path, entry in system.find(place, detail=True).items()}
+  else:
+    found = dict(_sizes(place))
+  return {os.path.relpath(path, place): size for path, size in found.items() if not path.endswith("/")}  # A folder.
+
+
+def _sizes(folder: str) -> Iterator[tuple[str, int]]:
+  for entry in os.scandir(folder):
+    if entry.is_dir():
+      yield from _sizes(entry.path)
+    else:
+      yield entry.path, entry.stat().st_size
 
 
 def clean(folder: epath.PathLike) -> None:

@@ -355,7 +355,7 @@ def said_of(said: str, path: str) -> bool:
   return any(name in said for name in names or [path.removesuffix(".done")])
 
 
-def judged(attempt: "Attempt", path: str, same: bool, whole: bool) -> str:
+def judged(attempt: "Attempt", path: str, same: bool, whole: bool, sized: bool = False) -> str:
   """What became of a damaged file: found, harmless, silent or lost.
 
   Args:
@@ -363,6 +363,7 @@ def judged(attempt: "Attempt", path: str, same: bool, whole: bool) -> str:
     path: the file's, below the work directory.
     same: whether what was made afterwards is what an undisturbed run makes; that nothing was made is as good.
     whole: whether the file is gone or as it was.
+    sized: whether its size, which is not the recorded one, must be found whatever the weights are.
   """
   if attempt.hung:
     return "lost"
@@ -370,7 +371,8 @@ def judged(attempt: "Attempt", path: str, same: bool, whole: bool) -> str:
   named = said_of(attempt.said, path)
   if (refused and named) or (went_on and same and named):
     return "found"
-  if went_on and same and (whole or any(part in path for part in (*SHOWN_BY_WEIGHTS, *READ_BY_NONE))):
+  unseen = READ_BY_NONE if sized else (*SHOWN_BY_WEIGHTS, *READ_BY_NONE)
+  if went_on and same and (whole or any(part in path for part in unseen)):
     return "harmless"
   return "silent" if went_on and not named else "lost"
 

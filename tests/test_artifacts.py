@@ -343,15 +343,60 @@ def test_a_shard_that_a_store_lost_is_missed_at_once(root: epath.Path, monkeypat
     artifacts.map_shards(out, "prompts", PROMPTS, 3, MESH, lambda: None, lambda _, part: part)
 
 
-def test_weights_that_are_gone_are_missed(root: epath.Path) -> None:
-  out = make(root / "m1")
+def with_weights(folder: epath.Path, **files: str) -> artifacts.Artifact:
+  """What looks like a model, with these files in a folder of its weights."""
+  out = make(folder)
   out.begin()
   out.write("fingerprints.json", "{}")
-  (out.folder / "weights").mkdir()
+  (out.folder / "weights" / "d").mkdir(parents=True)
+  for name, text in files.items():
+    (out.folder / "weights" / "d" / name).write_text(text)
   out.commit({})
+  return out
+
+
+def test_weights_that_are_gone_are_missed(root: epath.Path) -> None:
+  out = with_weights(root / "m1")
   make(root / "m1").verify()
   (out.folder / "weights").rmtree()
   with pytest.raises(ValueError, match=r"m1/weights is missing: delete \S+m1 and run its stage again"):
+    make(root / "m1").verify()
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "wrong"),
+  [
+    ("one", None, "d/one is missing"),
+    ("one", "12", r"d/one is damaged \(it has 2 bytes, not the recorded 3\)"),
+    ("one", "", r"d/one is damaged \(it has 0 bytes, not the recorded 3\)"),
+    ("three", "x", r"d/three was not written with these weights \(if it is yours, moving it away is enough\)"),
+  ],
+)
+def test_names_and_sizes_of_weights_are_compared(root: epath.Path, name: str, text: str | None, wrong: str) -> None:
+  out = with_weights(root / "m1", one="123", two="")
+  assert out.manifest()["weights"] == {"d/one": 3, "d/two": 0}
+  make(root / "m1").verify()
+  path = out.folder / "weights" / "d" / name
+  path.unlink() if text is None else path.write_text(text)
+  for one in (make(root / "m1"), make(root / "b", model=make(root / "m1"))):
+    with pytest.raises(ValueError, match=rf"m1/weights/{wrong}: delete \S+m1 and run its stage again"):
+      one.begin()
+
+
+def test_no_digest_depends_on_the_files_of_weights(root: epath.Path) -> None:
+  digest = with_weights(root / "a" / "m1", one="123").digest()
+  assert with_weights(root / "b" / "m1", other="12345", more="").digest() == digest
+
+
+def test_weights_whose_sizes_were_not_recorded_are_verified_by_their_folder(root: epath.Path) -> None:
+  path = with_weights(root / "m1", one="123").folder / "manifest.json"
+  content = digests.unseal(path.read_bytes())
+  del content["weights"]
+  path.write_text(digests.sealed(content))  # As it was before there were sizes.
+  (root / "m1" / "weights" / "d" / "one").write_text("12")
+  make(root / "m1").verify()
+  (root / "m1" / "weights").rmtree()
+  with pytest.raises(ValueError, match="m1/weights is missing"):
     make(root / "m1").verify()
 
 

@@ -84,9 +84,17 @@ def test_what_a_run_said_and_made_decides(code: int, said: str, same: bool, whol
 def test_a_damage_within_weights_is_named_by_their_folder() -> None:
   inside = "m1/weights/d/0123456789abcdef0123456789abcdef"
   assert campaign.said_of("/w/m1/weights is damaged: delete /w/m1", inside)
+  assert campaign.said_of(f"/w/{inside} is damaged (it has 9 bytes, not the recorded 10): delete /w/m1", inside)
   assert not campaign.said_of("/w/m2/weights is damaged: delete /w/m2", inside)
   assert campaign.said_of("/w/seed/ift.jsonl is damaged", "seed/ift.jsonl.done")
   assert not campaign.said_of("/w/seed/ift.jsonl is damaged", "seed/validation.jsonl")
+
+
+def test_weights_of_another_size_are_not_harmless() -> None:
+  attempt, inside = campaign.Attempt(0, "", None, {}), "m1/weights/d/0123456789abcdef0123456789abcdef"
+  assert campaign.judged(attempt, inside, True, False) == "harmless"
+  assert campaign.judged(attempt, inside, True, False, sized=True) == "silent"
+  assert campaign.judged(attempt, "m1/dataset/x.array_record", True, False, sized=True) == "harmless"
 
 
 def test_one_bit_is_flipped_and_a_cut_file_is_shorter() -> None:

@@ -65,7 +65,7 @@ WEIGHTS = """
 import json, pathlib, sys
 import jax
 from etils import epath
-from srlm_jax import checkpoint, convert, distributed, llama, mesh
+from srlm_jax import artifacts, checkpoint, convert, distributed, mesh, modelstore
 sys.path.insert(0, "tests")
 import tiny_model
 with distributed.session():
@@ -83,6 +83,12 @@ with distributed.session():
       other = mesh.moved(model, devices)
     assert checkpoint.fingerprints(other) == wanted
     assert jax.tree.leaves(other)[0].is_fully_addressable == (devices is own)
+  for _ in range(2):  # What is committed is what all processes have written.
+    made = artifacts.Artifact(place / "m1", {}, {})
+    made.begin()
+    if not made.done:
+      modelstore.save(made, model, tiny_model.words(), {})
+  assert {name.split("/")[0] for name in made.manifest()["weights"]} >= {"ocdbt.process_0", "ocdbt.process_1"}
   store = checkpoint.StateStore(place / "states")
   for step in (2, 4):
     store.save(step, model)

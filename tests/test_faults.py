@@ -224,7 +224,8 @@ def hurt(
     workdir = pathlib.Path(folder) / "run"
     shutil.copytree(source, workdir)
     file = workdir / path
-    bad = campaign.DAMAGES[damage](file.read_bytes(), rng)
+    before = file.read_bytes()
+    bad = campaign.DAMAGES[damage](before, rng)
     file.write_bytes(bad)
     same, attempt = ended(whole, workdir, step)
     gone = not file.exists() or file.read_bytes() != bad
@@ -232,7 +233,7 @@ def hurt(
       same |= (workdir / step / "fingerprints.json").exists() and (
         (workdir / step / "fingerprints.json").read_text() == (whole.workdir / step / "fingerprints.json").read_text()
       )
-  verdict = campaign.judged(attempt, path, same, gone)
+  verdict = campaign.judged(attempt, path, same, gone, place == "finished step" and len(bad) != len(before))
   table.add(
     f"{damage}, {place}", campaign.kind_of(path), verdict, f"{path} before {step}, code {attempt.code}\n{attempt.said}"
   )

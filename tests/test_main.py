@@ -485,6 +485,43 @@ def test_what_is_finished_is_verified_before_any_work(run: Run, tmp_path: pathli
   assert not run.ran
 
 
+@pytest.mark.parametrize(
+  ("damage", "wrong"), [("cut", "is damaged .it has"), ("gone", "is missing"), ("more", "was not")]
+)
+@pytest.mark.parametrize("stage", ["all", "report"])
+def test_weights_that_nothing_loads_are_verified_before_any_work(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stage: str, damage: str, wrong: str
+) -> None:
+  ran: list[str] = []
+
+  def train(out: artifacts.Artifact) -> None:
+    modelstore.save(out, tiny_model.model(), tiny_model.words(), {})
+
+  planned = [
+    steps.Step("m1", "sft", {}, {}, train),
+    steps.Step("report", "report", {}, {"m1": "m1"}, lambda out: ran.append(out.name)),
+  ]
+  monkeypatch.setattr(steps, "plan", lambda *_: planned)
+  place = epath.Path(tmp_path)
+  main.run_steps(config.base(), place, "all")
+  main.run_steps(config.base(), place, stage)
+  assert ran == ["report"] * 2
+  largest = max((tmp_path / "m1/weights").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+  if damage == "gone":
+    largest.unlink()
+  elif damage == "cut":
+    largest.write_bytes(largest.read_bytes()[:-100])
+  else:
+    largest = largest.with_name(f"{largest.name} (copy)")
+    largest.write_bytes(b"")
+  with pytest.raises(ValueError, match=rf"{re.escape(str(largest))} {wrong}.*: delete .*/m1 and run its stage again"):
+    main.run_steps(config.base(), place, stage)
+  assert ran == ["report"] * 2
+  with pytest.raises(ValueError, match=re.escape(str(largest))):
+    main.export(config.base(), place, "m1", str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()
+
+
 def test_states_are_shown(run: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
   place = epath.Path(tmp_path)
   run.fail = "b"

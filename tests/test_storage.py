@@ -85,6 +85,17 @@ def test_a_file_system_that_syncs_no_folders_is_used_as_it_is(
     storage.write(root / "b", "text")
 
 
+def test_sizes_are_of_all_files_below_a_folder(root: epath.Path) -> None:
+  (root / "a" / "b").mkdir(parents=True)
+  (root / "a" / "empty").mkdir()
+  for name, text in (("one", ""), ("b/two", "naïve"), ("../other", "x")):
+    (root / "a" / name).write_text(text)
+  os.symlink(root / "a" / "b", root / "a" / "linked")
+  assert storage.sizes(root / "a") == {"one": 0, "b/two": 6, "linked/two": 6}
+  with pytest.raises(FileNotFoundError):
+    storage.sizes(root / "nothing")
+
+
 def test_only_what_killed_writes_left_is_cleaned_away(root: epath.Path) -> None:
   (root / "deep").mkdir()
   for name in (".a.part", "deep/.b.part", "a.part", ".hidden", "deep/c"):

@@ -112,6 +112,29 @@ def test_a_flipped_bit_is_found_there(store: fake_gcs.Store) -> None:
   make(RUN / "a").begin()
 
 
+def test_names_and_sizes_of_weights_are_compared_there_by_one_listing(store: fake_gcs.Store) -> None:
+  names = ("manifest", "d/one", "d/two")
+  out = make(RUN / "m1")
+  out.begin()
+  out.write("fingerprints.json", "{}")
+  for name in names:
+    store.put("bucket", f"run/m1/weights/{name}", b"123")
+  store.put("bucket", "run/m1/weights/d/", b"")  # What some programs make of a folder.
+  store.put("bucket", "run/m1/weights.old/d/one", b"1")
+  out.commit({})
+  assert make(RUN / "m1").manifest()["weights"] == dict.fromkeys(names, 3)
+  make(RUN / "m1").verify()
+  store.counts.clear()
+  assert artifacts.storage.sizes(RUN / "m1" / "weights") == dict.fromkeys(names, 3)
+  assert store.counts == {"list": 1}
+  store.put("bucket", "run/m1/weights/d/two", b"12")
+  with pytest.raises(ValueError, match=r"m1/weights/d/two is damaged \(it has 2 bytes, not the recorded 3\): delete"):
+    make(RUN / "m1").verify()
+  (RUN / "m1" / "weights" / "d" / "one").unlink()
+  with pytest.raises(ValueError, match=r"m1/weights/d/one is missing: delete"):
+    make(RUN / "m1").verify()
+
+
 def test_a_training_set_is_read_from_a_store(store: fake_gcs.Store, tmp_path: epath.Path) -> None:
   store.faults += [fake_gcs.Fault("insert", "array_record", times=2, torn=True), fake_gcs.Fault("get", "", torn=True)]
   local = epath.Path(tmp_path) / "dataset"
