@@ -76,9 +76,8 @@ def test_training_is_measured_without_peers() -> None:
 
 @pytest.mark.slow
 def test_memory_is_read_over_batches_and_steps() -> None:
-  found = run(
-    "memory", "--batches=20", "--steps=20", "--save_every=5", "--embed=16", "--within=100000"
-  )  # So few are a warm-up.
+  small = ["--batches=20", "--steps=20", "--save_every=5", "--embed=16"]
+  found = run("memory", *small, "--within=100000")  # So few are a warm-up.
   assert [(row["loop"], row["of"], row["batches"]) for row in found["rows"]] == [
     (loop, of, 20) for loop in ("answers", "judging", "training") for of in ("host", "device")
   ]
