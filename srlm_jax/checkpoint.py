@@ -4,7 +4,6 @@ A train state carries notes: of each leaf a fingerprint of its bits, its norm, s
 lies. A state whose leaves do not fit its notes, or that cannot be read, is damaged: it is said, and the older one used.
 """
 
-import asyncio
 from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
@@ -33,30 +32,9 @@ class Damaged(ValueError):
   """What is stored cannot be read, or is not what was written."""
 
 
-class _Loop(asyncio.SelectorEventLoop):
-  """An event loop that ends what was begun in it before it closes.
-
-  Orbax closes its loop at the first read that fails; what becomes of the others would be written on stderr, at length.
-  """
-
-  def close(self) -> None:
-    if not self.is_closed() and (left := asyncio.all_tasks(self)):
-      for task in left:
-        task.cancel()
-      self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-    super().close()
-
-
-class _Loops(asyncio.DefaultEventLoopPolicy):
-  def new_event_loop(self) -> asyncio.AbstractEventLoop:
-    return _Loop()
-
-
 @contextlib.contextmanager
 def _reading(what: str) -> Iterator[None]:
   """Within, whatever libraries raise where a file is damaged becomes Damaged: `what`, and their first line."""
-  before = asyncio.get_event_loop_policy()
-  asyncio.set_event_loop_policy(_Loops())
   try:
     yield
   except Exception as error:
@@ -67,8 +45,6 @@ def _reading(what: str) -> Iterator[None]:
     source = error.__cause__ or error
     line = str(source).strip().partition("\n")[0][:200]  # Theirs may be pages.
     raise Damaged(f"{what} ({type(source).__name__}: {line})") from error
-  finally:
-    asyncio.set_event_loop_policy(before)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
