@@ -233,7 +233,7 @@ def _join() -> bool:
     return False
   if count != "auto" and (missing := [name for name in ("SRLM_COORDINATOR", "SRLM_PROCESS") if name not in os.environ]):
     needs = f"SRLM_PROCESSES={count} needs {' and '.join(missing)}, too; SRLM_PROCESSES=auto finds them itself."
-    print(f"srlm: {needs}", file=sys.stderr, flush=True)
+    endings.say(f"srlm: {needs}")
     sys.exit(endings.REFUSED)
   signal_abort = ctypes.CDLL(None).signal
   signal_abort(signal.SIGABRT, _on_abort)
@@ -272,9 +272,9 @@ def _on_abort(number: int) -> None:
 
 
 def _say(message: str) -> None:
-  print(f"srlm: {name() or 'this process'} ends: {message}", file=sys.stderr, flush=True)
+  endings.say(f"srlm: {name() or 'this process'} ends: {message}")
   with contextlib.suppress(OSError, ValueError):  # Its reader is gone, or it is closed: no reason to stay.
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -97,13 +97,18 @@ def of(error: BaseException) -> tuple[int, str]:
   return BUG, f"{type(error).__name__}: {first_line(error)}"
 
 
+def say(message: str) -> None:
+  """Tells people something on stderr; where that is closed or nobody reads it any more, the work goes on without."""
+  with contextlib.suppress(OSError, ValueError):
+    print(f"{message}\n", end="", file=sys.stderr, flush=True)  # Whole: other threads may speak, too.
+
+
 @contextlib.contextmanager
 def printing() -> Iterator[None]:
   """Within, stdout fails where something is printed, and not after the end; what fails there ends the program."""
-  if not isinstance(sys.stdout, io.TextIOWrapper):  # It is closed.
-    yield
-    return
-  sys.stdout.reconfigure(line_buffering=True)
+  streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]  # Open ones.
+  for stream in streams:
+    stream.reconfigure(line_buffering=True)
   try:
     yield
   except OSError as error:
@@ -111,13 +116,14 @@ def printing() -> Iterator[None]:
     if code == BUG:
       raise
     if message:
-      print(f"srlm: {message}", file=sys.stderr, flush=True)
+      say(f"srlm: {message}")
     sys.exit(code)
   finally:
-    try:
-      sys.stdout.flush()
-    except OSError:  # Python would try once more at its end, and say so.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in streams:
+      try:
+        stream.flush()
+      except OSError:  # Python would try once more at its end, say so, and end with another code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _unread() -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import os
 import signal
-import sys
 import threading
 from typing import Any, NoReturn, TypeVar
 
@@ -139,9 +138,8 @@ def _hear(number: signal.Signals, patient: bool, leave: Callable[[str, int], obj
     leave(f"{number.name}: it leaves at once.", code)
   elif not _came:
     seconds = grace()
-    with contextlib.suppress(OSError, ValueError):  # Its reader is gone, or it is closed.
-      when = f"at the next step or shard, in {seconds:g} s at the latest (Ctrl-C: at once)"
-      sys.stderr.write(f"srlm: {number.name}: it stops {when}.\n")
+    when = f"at the next step or shard, in {seconds:g} s at the latest (Ctrl-C: at once)"
+    endings.say(f"srlm: {number.name}: it stops {when}.")
     timer = threading.Timer(
       seconds, leave, [f"the work has not ended within {seconds:g} s (SRLM_GRACE_SECONDS): it leaves as it is.", code]
     )

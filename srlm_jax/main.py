@@ -383,7 +383,7 @@ def _run_stage(stage: str, workdir: epath.Path | None) -> None:
       traceback.print_exception(error)
     ended = endings.Ended(code, f"srlm {stage}: {message}")
     if message and not distributed.name():  # Of several processes each says it where they end together.
-      print(ended, file=sys.stderr, flush=True)
+      endings.say(str(ended))
     raise ended from error
   logger.info("srlm %s: %.0f s", stage, time.monotonic() - started)
 
@@ -415,7 +415,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
       told = f"the configuration has no key {key[1]}.{key[2]}"
     elif isinstance(error, OSError):
       told = f"--config: {lines[-1]}"  # The rest is about the ways in which it was looked for.
-    print(f"srlm: {told}\n`srlm --help` lists the stages.", file=sys.stderr, flush=True)
+    endings.say(f"srlm: {told}\n`srlm --help` lists the stages.")
     sys.exit(endings.REFUSED)
   return rest
 

@@ -112,15 +112,21 @@ import os, sys
 from srlm_jax import main
 read, write = os.pipe()
 os.close(read)
-nowhere = {"pipe": write, "full": os.open("/dev/full", os.O_WRONLY)}
-for kind in nowhere:
-  for arguments in (["--help"], ["stages", "--config=configs/tiny.py:smoke", "--compilation_cache="]):
-    if not (child := os.fork()):
-      os.dup2(nowhere[kind], 1)
-      sys.argv = ["srlm", *arguments]
-      main.run()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(kind, arguments[0], code, file=sys.stderr, flush=True)
+full = os.open("/dev/full", os.O_WRONLY)
+
+def run(name, nowhere, stream, *arguments):
+  if not (child := os.fork()):
+    os.dup2(nowhere, stream)
+    sys.argv = ["srlm", *arguments]
+    main.run()
+  print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=sys.stderr, flush=True)
+
+smoke = "--config=configs/tiny.py:smoke", "--compilation_cache="
+for name, nowhere in (("pipe", write), ("full", full)):
+  run(f"{name}, help", nowhere, 1, "--help")
+  run(f"{name}, stages", nowhere, 1, "stages", *smoke)
+  run(f"{name}, error in a flag", nowhere, 2, "stages", "--config=nowhere.py")
+  run(f"{name}, error in a stage", nowhere, 2, "report", "--workdir=/nowhere", *smoke)
 """
 
 
@@ -130,8 +136,9 @@ def test_where_nobody_can_read_what_is_printed(unbuffered: str) -> None:
   done = subprocess.run([sys.executable, "-c", PRINTS], cwd=ROOT, env=environment, capture_output=True, text=True)
   full = "the disk is full: [Errno 28] No space left on device. Make room. The same command goes on from here."
   assert done.stderr.splitlines() == [
-    *("pipe --help 141", "pipe stages 141"),
-    *(f"srlm: {full}", "full --help 74", f"srlm stages: {full}", "full stages 74"),
+    *("pipe, help 141", "pipe, stages 141", "pipe, error in a flag 2", "pipe, error in a stage 2"),
+    *(f"srlm: {full}", "full, help 74", f"srlm stages: {full}", "full, stages 74"),
+    *("full, error in a flag 2", "full, error in a stage 2"),
   ]
 
 
