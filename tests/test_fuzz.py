@@ -92,7 +92,8 @@ def _told(engine: str, rows: dict[str, tuple[int, int, int]], seconds: float) ->
   text = f"{head}| target | inputs | documented errors | crashes |\n|---|---|---|---|\n" + "\n".join(lines) + "\n\n"
   print(f"\n{text}")
   if folder := os.environ.get("SRLM_FAULTS_OUT"):
-    with (pathlib.Path(folder) / "fuzz.md").open("a", encoding="utf-8") as file:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    with pathlib.Path(folder, "fuzz.md").open("a", encoding="utf-8") as file:
       file.write(text)
   return text
 
